@@ -1,0 +1,66 @@
+"""The embedded default: SAMI on a laptop, on a generated world of posts and summaries.
+
+    sami run --config=configs/miniature.py --workdir=runs/miniature
+
+Two CPU cores, about ten minutes, no download: a base model of 0.7M parameters is pretrained from scratch (kept for the
+next run), then three iterations follow. README.md says what to expect, with intervals over several bases.
+`configs/miniature.py:smoke` is the same in a minute, for tests: nothing can be learned from its numbers.
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+_PROMPT = "Follow the constitution.\n\nConstitution:\n{constitution}\n\nPOST: {query}\n\nSummary:"
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The run's settings; `variant` is empty or "smoke"."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"unknown variant {variant!r}; there is only 'smoke'")
+    config = _common()
+    config.model = "{pretrained}/model"
+    config.queries = ml_collections.ConfigDict(
+        {
+            "train": "{pretrained}/data/train.jsonl",
+            "evaluation": "{pretrained}/data/test.jsonl",
+            "evaluation_count": 250,
+        }
+    )
+    config.constitutions = ml_collections.ConfigDict(
+        {
+            "principles": "{pretrained}/data/principles.json",
+            "count": 2,
+            "principles_per_query": 2,
+            "pairing": "symmetric",
+        }
+    )
+    config.prompts = ml_collections.ConfigDict({"generation": _PROMPT, "training": _PROMPT})
+    config.sampling = ml_collections.ConfigDict({"max_new_tokens": 40, "stop": ("\n",), "chunk_queries": 64})
+    config.train.steps = (8, 16, 24)
+    config.train.queries_per_step = 64
+    config.train.micro_batch_queries = 8
+    config.train.passes = 1.5
+    config.train.learning_rate = 5e-4
+    config.train.kl_beta = 1.0
+    config.train.remat = False  # the activations of a model this small fit anywhere
+    config.evaluation = ml_collections.ConfigDict({"judge": "miniature"})
+    config.pretraining = ml_collections.ConfigDict({"enabled": True, "seed": 0, "steps": 3000})
+    if variant == "smoke":
+        config.iterations = 2
+        config.queries.evaluation_count = 8
+        config.sampling.chunk_queries = 8
+        config.train.steps = (1, 1)
+        config.train.queries_per_step = 4
+        config.train.micro_batch_queries = 2
+        config.pretraining.steps = 60
+        config.pretraining.train_queries = 64
+    return config
+
+
+def _common() -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location("common", pathlib.Path(__file__).with_name("common.py"))
+    common = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(common)
+    return common.get_config()

@@ -1,0 +1,7 @@
+"""`python -m sami_jax` is `sami`."""
+
+import sys
+
+from sami_jax.cli import main
+
+sys.exit(main())

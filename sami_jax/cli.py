@@ -1,0 +1,312 @@
+"""The command line: `sami <command>`, also `python -m sami_jax`."""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sami_jax.config import RunConfig, describe_fields, load_config
+from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite or internal, 73 run directory in use, "
+    "74 could not save, 75 stopped safely (run it again), 78 bad or changed config."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.USAGE, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code (see `errors.ExitCode`)."""
+    parser = _build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        known.config_overrides = _overrides(rest, parser)
+        known.function(known)
+    except SamiError as error:
+        return _fail(known.command, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(known.command, "interrupted.", 130)
+    except OSError as error:
+        return _fail(known.command, f"{error}.", ExitCode.IO_FAILED)
+    except Exception:
+        traceback.print_exc()
+        return _fail(known.command, "this is a defect of sami_jax; please report the lines above.", ExitCode.NON_FINITE)
+    return ExitCode.DONE
+
+
+def _fail(command: str, sentence: str, code: int) -> int:
+    print(f"sami {command}: {sentence}", file=sys.stderr, flush=True)
+    return int(code)
+
+
+def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """`--config.a.b=value` or `--config.a.b value` -> {"a.b": "value"}."""
+    overrides, words = {}, list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--config."):
+            parser.error(f"unknown argument {word}")
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            if not words:
+                parser.error(f"{word} needs a value")
+            value = words.pop(0)
+        overrides[name] = value
+    return overrides
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sami", description=__doc__ + " SAMI: arXiv:2404.14313.", epilog=_EXIT_CODES, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    run = _command(
+        commands,
+        "run",
+        "the whole loop: sample, train, export, evaluate, report",
+        "sami run --config=configs/miniature.py --workdir=runs/miniature --config.train.kl_beta=0",
+        _run,
+    )
+    run.add_argument("--config", help="config file, path.py or path.py:argument; left out: go on with --workdir's")
+    run.add_argument("--workdir", required=True, type=Path, help="run directory; an unfinished one is continued")
+
+    pretrain = _command(
+        commands,
+        "pretrain",
+        "make a miniature's base model and world, once",
+        "sami pretrain --config=configs/miniature.py --config.pretraining.seed=1",
+        _pretrain,
+        "pretraining",
+    )
+    pretrain.add_argument("--config", required=True, help="config file, path.py or path.py:argument")
+
+    generate = _command(
+        commands,
+        "generate",
+        "greedy responses to prompts: JSON lines in, JSON lines out",
+        "sami generate --model=DIR --prompts=prompts.jsonl --out=responses.jsonl --config.sampling.max_new_tokens=100",
+        _generate,
+        "sampling",
+    )
+    _add_model(generate)
+    generate.add_argument("--prompts", required=True, type=Path, help='JSON lines, each an object with "prompt"')
+    generate.add_argument(
+        "--out", required=True, type=Path, help="gets the same lines with response, response_ids, finished"
+    )
+    generate.add_argument("--config", help="config file for the settings below")
+    generate.add_argument("--rows", type=_positive, default=16, help="prompts sampled together (default 16)")
+
+    score = _command(
+        commands,
+        "score",
+        "the matrix of log-probs, loss and MI bound of each query of a pairs file",
+        "sami score --model=DIR --pairs=pairs.json --normalize=sum --out=scores.jsonl",
+        _score,
+        "train",
+    )
+    _add_model(score)
+    score.add_argument(
+        "--pairs", required=True, type=Path, help="JSON in the authors' format, one list per constitution"
+    )
+    score.add_argument(
+        "--normalize", choices=("mean", "sum"), help="a response's log-prob: mean over its tokens or sum"
+    )
+    score.add_argument("--out", type=Path, help="JSON lines; left out: standard output")
+    score.add_argument("--config", help="config file for the settings below")
+
+    train = _command(
+        commands,
+        "train",
+        "train a model folder on a pairs file",
+        "sami train --model=DIR --pairs=pairs.json --out=trained --config.train.steps='(4,)' "
+        "--config.train.learning_rate=5e-7 --config.train.queries_per_step=128",
+        _train,
+        "train",
+    )
+    _add_model(train)
+    train.add_argument(
+        "--pairs", required=True, type=Path, help="JSON in the authors' format, one list per constitution"
+    )
+    train.add_argument(
+        "--out", required=True, type=Path, help="the trained folder; OUT.training keeps metrics and checkpoints"
+    )
+    train.add_argument("--config", help="config file for the settings below")
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "MI bound, adherence, length and win rate of a model folder on the config's evaluation queries",
+        "sami evaluate --config=configs/miniature.py --model=runs/miniature/iter_003/export --out=evaluated "
+        "--baseline=runs/miniature/iter_000/eval",
+        _evaluate,
+    )
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--config", required=True, help="config file, path.py or path.py:argument; its model is the base"
+    )
+    evaluate.add_argument("--baseline", type=Path, help="the base's evaluation folder, to compare with")
+    evaluate.add_argument("--out", required=True, type=Path, help="gets summary.json and results.jsonl")
+
+    report = _command(
+        commands,
+        "report",
+        "write a run's report/index.html anew",
+        "sami report --workdir=runs/miniature",
+        _report,
+        None,
+    )
+    report.add_argument("--workdir", required=True, type=Path, help="run directory")
+
+    export = _command(
+        commands,
+        "export",
+        "write an iteration's weights as a Hugging Face folder elsewhere",
+        "sami export --workdir=runs/miniature --iteration=3 --out=my-model",
+        _export,
+        None,
+    )
+    export.add_argument("--workdir", required=True, type=Path, help="run directory")
+    export.add_argument("--iteration", required=True, type=_positive, help="1, 2, ...")
+    export.add_argument("--out", required=True, type=Path, help="new folder")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, purpose: str, example: str, function: Any, section: str | None = ""
+) -> argparse.ArgumentParser:
+    """One subcommand; `section` limits the settings its help lists (None: it has none)."""
+    settings = [] if section is None else [s for s in describe_fields() if s[0].startswith(f"config.{section}")]
+    lines = [f"example:\n  {example}"]
+    if settings:
+        lines.append("settings (--name=value, on top of the config file):")
+        lines += [f"  --{field} = {default}\n        {meaning}" for field, default, meaning in settings]
+    lines.append(_EXIT_CODES)
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog="\n".join(lines).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, type=Path, help="Hugging Face folder: config.json, safetensors, tokenizer"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    return load_config(arguments.config, arguments.config_overrides)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if not arguments.config and arguments.config_overrides:
+        raise BadConfigError("--config.* settings need --config; without it a run goes on with its own settings.")
+    config = _load(arguments) if arguments.config else None
+    from sami_jax import iterations
+    from sami_jax.report import summary_table
+
+    page = iterations.run(config, arguments.workdir)
+    print(f"\n{summary_table(arguments.workdir)}\n\nReport: {page}")
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    if not config.pretraining.enabled:
+        raise BadConfigError(f"{arguments.config} has no pretraining; set config.pretraining.enabled=true.")
+    from sami_jax.pretraining import pretrain
+
+    print(pretrain(config.pretraining))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    from sami_jax import run_directory, stages
+    from sami_jax.progress import Progress
+
+    records = run_directory.read_jsonl(arguments.prompts)
+    for number, record in enumerate(records, start=1):
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise BadDataError(f"{arguments.prompts}, entry {number}: expected an object with a non-empty prompt.")
+    if not records:
+        raise BadDataError(f"{arguments.prompts} holds no prompts.")
+    loaded = stages.load_model(arguments.model, config)
+    stages.check_prompts(loaded, [record["prompt"] for record in records], config.sampling)
+    progress = Progress("sampling", len(records), unit="prompts")
+    lines = []
+    for start in range(0, len(records), arguments.rows):
+        chunk = records[start : start + arguments.rows]
+        responses = stages.respond(loaded, [r["prompt"] for r in chunk], config.sampling, rows=arguments.rows)
+        for record, response in zip(chunk, responses, strict=True):
+            said = {"response": response.text, "response_ids": list(response.ids), "finished": response.finished}
+            lines.append({**record, **said})
+        progress.update(len(lines))
+    run_directory.write_jsonl(arguments.out, lines)
+    print(f"{len(lines)} responses in {arguments.out}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    overrides = arguments.config_overrides
+    if arguments.normalize:
+        overrides = {**overrides, "train.normalize": arguments.normalize}
+    config = load_config(arguments.config, overrides)
+    from sami_jax import run_directory, stages
+
+    lines, summary = stages.score_file(config, model=arguments.model, pairs=arguments.pairs)
+    if arguments.out:
+        run_directory.write_jsonl(arguments.out, lines)
+    else:
+        print("\n".join(json.dumps(line) for line in lines))
+    print(summary, file=sys.stderr)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    from sami_jax import iterations
+
+    print(iterations.train_folder(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    from sami_jax import iterations
+
+    print(iterations.evaluate_folder(config, model=arguments.model, baseline=arguments.baseline, out=arguments.out))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from sami_jax.report import summary_table, write_report
+
+    page = write_report(arguments.workdir)
+    print(f"{summary_table(arguments.workdir)}\n\nReport: {page}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from sami_jax.iterations import export_folder
+
+    print(export_folder(arguments.workdir, arguments.iteration, arguments.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Which sampled queries are worth training on; every drop has a reason, and all responses pass the same tests."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from sami_jax.config import FiltersConfig
+
+
+class Sampled(Protocol):
+    """A sampled response, as far as the filters look at it."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+
+REASONS = ("empty", "placeholder", "unfinished", "identical")
+
+
+def drop_reason(responses: Sequence[Sampled], filters: FiltersConfig) -> str | None:
+    """Why a query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
+
+    empty: no text; placeholder: a piece of the format's example was copied; unfinished: the sampler ran out of tokens,
+    or the text does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The authors
+    test some of these on the first response only.
+    """
+    texts = [response.text for response in responses]
+    if any(not text for text in texts):
+        return "empty"
+    if any(placeholder in text for text in texts for placeholder in filters.placeholders):
+        return "placeholder"
+    if any(not response.finished or not response.text.endswith(tuple(filters.sentence_ends)) for response in responses):
+        return "unfinished"
+    if len(set(texts)) < len(texts):
+        return "identical"
+    return None

@@ -1,0 +1,51 @@
+"""Principles: a name, a definition and its antithesis, read from a file."""
+
+import dataclasses
+from pathlib import Path
+
+from sami_jax.errors import BadDataError
+from sami_jax.run_directory import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Principle:
+    """One thing a response can follow or oppose (paper, section 3.1).
+
+    Attributes:
+      name: short and unique.
+      definition: what a response following it is like, one sentence.
+      antithesis: the opposite, one sentence.
+      held_out: kept from training, for evaluation only.
+    """
+
+    name: str
+    definition: str
+    antithesis: str
+    held_out: bool = False
+
+
+def read_principles(path: Path) -> list[Principle]:
+    """Reads `[{"name", "definition", "antithesis", "held_out"?}, ...]`.
+
+    Raises:
+      BadDataError: the file, the entry and what is wrong with it.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise BadDataError(f"{path}: expected a list of at least one principle.")
+    principles = []
+    for index, entry in enumerate(entries):
+        try:
+            principle = Principle(**entry)
+        except TypeError as error:
+            raise BadDataError(
+                f"{path}, entry {index}: a principle has name, definition, antithesis and held_out ({error})."
+            ) from error
+        texts = (principle.name, principle.definition, principle.antithesis)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise BadDataError(f"{path}, entry {index}: name, definition and antithesis must be non-empty text.")
+        principles.append(principle)
+    names = [principle.name for principle in principles]
+    if len(set(names)) != len(names):
+        raise BadDataError(f"{path}: two principles share a name; names must be unique.")
+    return principles

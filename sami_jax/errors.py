@@ -1,0 +1,58 @@
+"""Failures that a person can act on: one clear sentence, one exit code each (the contract launchers retry by)."""
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """What a supervisor may do next stands in docs/run_directory.md."""
+
+    DONE = 0
+    USAGE = 64
+    BAD_DATA = 65  # a data file or a checkpoint is unusable: stop
+    NON_FINITE = 70  # NaN or infinity, or an internal error: retry once
+    IN_USE = 73  # another process holds the run directory: stop
+    IO_FAILED = 74  # disk full, save failed: retry a few times
+    STOPPED = 75  # stopped at a safe point: run the same command again
+    BAD_CONFIG = 78  # unknown, mistyped or changed configuration: stop
+
+
+class SamiError(Exception):
+    """A failure whose message names the file, field or example, what is wrong, and the remedy."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class BadConfigError(SamiError):
+    """A config key is unknown, mistyped, out of range, or differs from the one a run was started with."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
+class BadDataError(SamiError):
+    """A data file, a model folder or a checkpoint cannot be used as it is."""
+
+    exit_code = ExitCode.BAD_DATA
+
+
+class NonFiniteError(SamiError):
+    """A loss or a gradient became NaN or infinite."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class RunInUseError(SamiError):
+    """Another process holds the run directory's lock."""
+
+    exit_code = ExitCode.IN_USE
+
+
+class SaveFailedError(SamiError):
+    """A file or checkpoint could not be written."""
+
+    exit_code = ExitCode.IO_FAILED
+
+
+class StoppedError(SamiError):
+    """Someone asked the run to stop, and it did so at a safe point."""
+
+    exit_code = ExitCode.STOPPED

@@ -1,0 +1,361 @@
+"""The loop of Algorithm 1 over a run directory: each stage done once, resumed where it was left."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sami_jax import run_directory, stages
+from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
+from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, SaveFailedError, StoppedError
+from sami_jax.model.huggingface import read_config
+from sami_jax.pretraining import pretrain
+from sami_jax.report import write_report
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] = print) -> Path:
+    """Runs SAMI, or what is left of it, and writes the report.
+
+    Args:
+      config: the settings, or None to go on with those the run directory was started with.
+      workdir: the run directory; made if missing.
+      say: takes sentences for the person who watches.
+
+    Returns:
+      The report's page.
+
+    Raises:
+      BadConfigError: the settings are not those the run was started with.
+      RunInUseError: another process works on it.
+      StoppedError: someone asked it to stop; the same command goes on from here.
+    """
+    with run_directory.locked(workdir), _stop_on_signal() as safe_point:
+        config = _open_run(config, workdir)
+        with _attempt(workdir):
+            return _Run(with_pretrained(config), workdir, safe_point, say).finish()
+
+
+def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> Path:
+    """Trains a model folder on a pairs file and writes the trained folder `out`.
+
+    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on from there.
+
+    Raises:
+      BadConfigError: `out` was begun with other settings, model or pairs.
+      BadDataError: model or pairs cannot be used.
+    """
+    folder = out.with_name(out.name + ".training")
+    read_config(model)
+    train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
+    inputs = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
+    inputs.append(run_directory.file_hash(pairs) if pairs.is_file() else run_directory.read_json(pairs))
+    card = stages.model_card(config, 1, base=model.name)
+    with run_directory.locked(folder), _stop_on_signal() as safe_point:
+        if out.exists() and any(out.iterdir()):
+            raise SaveFailedError(f"{out} already holds files; choose another folder for the trained model.")
+        stages.train_stage(
+            config,
+            base=model,
+            pairs=pairs,
+            iteration=1,
+            inputs=inputs,
+            out=folder,
+            log=lambda record: run_directory.append_jsonl(folder / "metrics.jsonl", record),
+            safe_point=safe_point,
+        )
+        stages.save_trained(config, base=model, trained=folder, out=out, card=card)
+    return out
+
+
+def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, out: Path) -> Path:
+    """Evaluates a model folder as a run would, against the base's evaluation folder where one is given.
+
+    Returns:
+      `out/summary.json`.
+
+    Raises:
+      BadDataError: a folder cannot be used.
+    """
+    config = with_pretrained(config)
+    read_config(model)
+    inputs = [to_dict(config), stages.folder_hash(model)]
+    inputs.append(run_directory.file_hash(baseline / "results.jsonl") if baseline else None)
+    with run_directory.locked(out), _stop_on_signal() as safe_point:
+        if run_directory.sealed(out, inputs=inputs) is None:
+            stages.evaluate_stage(
+                config,
+                model=model,
+                base=Path(config.model),
+                baseline=baseline,
+                iteration=1 if baseline else 0,
+                inputs=inputs,
+                out=out,
+                safe_point=safe_point,
+            )
+    return out / "summary.json"
+
+
+def export_folder(workdir: Path, iteration: int, out: Path) -> Path:
+    """Writes the weights of a run's iteration as a Hugging Face folder elsewhere.
+
+    Raises:
+      BadDataError: the iteration has no finished training.
+      SaveFailedError: `out` holds files.
+    """
+    trained = workdir / f"iter_{iteration:03d}" / "train"
+    if not (trained / run_directory.DONE).is_file():
+        raise BadDataError(f"{workdir} has no finished training of iteration {iteration}; go on with `sami run` first.")
+    config = with_pretrained(from_dict(run_directory.read_json(workdir / "config.json")))
+    base = Path(config.model)
+    stages.save_trained(
+        config, base=base, trained=trained, out=out, card=stages.model_card(config, iteration, base=base.name)
+    )
+    return out
+
+
+class _Run:
+    """One attempt at a run; holds what its stages share."""
+
+    def __init__(self, config: RunConfig, workdir: Path, safe_point: Callable[[], None], say: Callable[[str], None]):
+        self.config, self.workdir, self.safe_point, self.say = config, workdir, safe_point, say
+        self.base = Path(config.model)
+        self.worked = False
+
+    def finish(self) -> Path:
+        """Every stage in order, then the report."""
+        base_hash = stages.folder_hash(self.base)
+        baseline_folder, baseline = self._evaluate(0, self.base, base_hash, base_hash, None)
+        model, model_hash = self.base, base_hash
+        for iteration in range(1, self.config.iterations + 1):
+            folder = self._folder(iteration)
+            sampled = self._sample(iteration, model, model_hash)
+            trained = self._train(iteration, base_hash, sampled)
+            model, model_hash = folder / "export", self._export(iteration, base_hash, trained)
+            self._evaluate(iteration, model, model_hash, base_hash, (baseline_folder, baseline))
+        page = self.workdir / "report" / "index.html"
+        if self.worked or not page.exists():
+            page = write_report(self.workdir)
+        else:
+            self.say(f"This run is finished; nothing to do. Its report: {page}")
+        return page
+
+    def _sample(self, iteration: int, model: Path, model_hash: str) -> str:
+        c = self.config
+        inputs = {
+            **self._shared_inputs("sample", iteration),
+            "model": model_hash,
+            "queries": run_directory.file_hash(Path(c.queries.train)),
+            "needed": [c.train.steps[iteration - 1], c.train.queries_per_step, c.train.passes],
+            "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.filters)],
+        }
+        return self._stage("sample", iteration, inputs, stages.sample_stage, model=model, iteration=iteration)
+
+    def _train(self, iteration: int, base_hash: str, sampled: str) -> str:
+        folder = self._folder(iteration)
+        train = {k: v for k, v in to_dict(self.config.train).items() if k != "checkpoint_every"}
+        inputs = {
+            "stage": "train",
+            "iteration": iteration,
+            "seed": self.config.seed,
+            "base": base_hash,
+            "sample": sampled,
+        }
+        return self._stage(
+            "train",
+            iteration,
+            inputs | {"settings": train, "mesh": to_dict(self.config.mesh)},
+            stages.train_stage,
+            base=self.base,
+            pairs=folder / "sample" / "pairs.json",
+            iteration=iteration,
+            log=lambda record: run_directory.append_jsonl(self.workdir / "metrics.jsonl", record),
+        )
+
+    def _export(self, iteration: int, base_hash: str, trained: str) -> str:
+        folder, card = self._folder(iteration), stages.model_card(self.config, iteration, base=self.base.name)
+        inputs = {"stage": "export", "iteration": iteration, "base": base_hash, "train": trained, "card": card}
+        return self._stage(
+            "export", iteration, inputs, stages.export_stage, base=self.base, trained=folder / "train", card=card
+        )
+
+    def _evaluate(
+        self, iteration: int, model: Path, model_hash: str, base_hash: str, baseline: tuple[Path, str] | None
+    ) -> tuple[Path, str]:
+        c = self.config
+        inputs = {
+            **self._shared_inputs("evaluate", iteration),
+            "model": model_hash,
+            "base": base_hash,
+            "baseline": baseline[1] if baseline else None,
+            "queries": [run_directory.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
+            "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation), c.train.normalize],
+        }
+        fingerprint = self._stage(
+            "eval",
+            iteration,
+            inputs,
+            stages.evaluate_stage,
+            model=model,
+            base=self.base,
+            baseline=baseline[0] if baseline else None,
+            iteration=iteration,
+        )
+        return self._folder(iteration) / "eval", fingerprint
+
+    def _stage(self, name: str, iteration: int, inputs: Any, make: Callable[..., str], /, **arguments: Any) -> str:
+        out = self._folder(iteration) / name
+        fingerprint = run_directory.sealed(out, inputs=inputs)
+        if fingerprint is None:
+            self.safe_point()
+            self.worked = True
+            if make is not stages.export_stage:
+                arguments["safe_point"] = self.safe_point
+            started = time.monotonic()
+            fingerprint = make(self.config, inputs=inputs, out=out, **arguments)
+            seconds = round(time.monotonic() - started, 3)
+            event = {"event": "stage_done", "iteration": iteration, "stage": name, "seconds": seconds, "time": _now()}
+            run_directory.append_jsonl(self.workdir / "events.jsonl", event)
+        return fingerprint
+
+    def _shared_inputs(self, stage: str, iteration: int) -> dict[str, Any]:
+        constitutions = {k: v for k, v in to_dict(self.config.constitutions).items() if k != "principles"}
+        principles = run_directory.file_hash(Path(self.config.constitutions.principles))
+        return {
+            "stage": stage,
+            "iteration": iteration,
+            "seed": self.config.seed,
+            "constitutions": [constitutions, principles],
+            "mesh": to_dict(self.config.mesh),
+        }
+
+    def _folder(self, iteration: int) -> Path:
+        return self.workdir / f"iter_{iteration:03d}"
+
+
+def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
+    """Writes RUN.json and config.json once; afterwards compares."""
+    stored = workdir / "config.json"
+    if not stored.exists():
+        if config is None:
+            raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
+        _check_paths(config)
+        plain = to_dict(config)
+        run_directory.write_json(stored, plain)
+        about = {"run_id": str(uuid.uuid4()), "schema_version": 1, "created": _now(), "seed": config.seed}
+        run_directory.write_json(workdir / "RUN.json", {**about, "config_sha256": run_directory.content_hash(plain)})
+        return config
+    before = run_directory.read_json(stored)
+    if config is not None:
+        changed = list(_differences(before, json.loads(json.dumps(to_dict(config))), ""))
+        if changed:
+            raise BadConfigError(
+                f"{workdir} was started with other settings ({'; '.join(changed)}); choose another --workdir for "
+                "the new ones, or leave out --config to go on with the old."
+            )
+    return from_dict(before)
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuses a config whose files are missing, before anything is written."""
+    if PRETRAINED not in config.model:
+        read_config(Path(config.model))
+    for field, name in {
+        "queries.train": config.queries.train,
+        "queries.evaluation": config.queries.evaluation,
+        "constitutions.principles": config.constitutions.principles,
+    }.items():
+        if PRETRAINED not in name and not Path(name).is_file():
+            raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
+
+
+def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{prefix}{key}.")
+    elif before != after:
+        yield f"{prefix.rstrip('.')}: {before!r} -> {after!r}"
+
+
+def with_pretrained(config: RunConfig) -> RunConfig:
+    """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
+    if PRETRAINED not in json.dumps(to_dict(config)):
+        return config
+    if not config.pretraining.enabled:
+        raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
+    folder = str(pretrain(config.pretraining))
+    return from_dict(_replaced(to_dict(config), folder))
+
+
+def _replaced(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(item, folder) for key, item in value.items()}
+    return value.replace(PRETRAINED, folder) if isinstance(value, str) else value
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], None]]:
+    """Yields the safe point: it raises StoppedError once SIGTERM or Ctrl-C came. A second Ctrl-C ends at once."""
+    asked: list[str] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+        print(
+            f"\n{asked[0]}: stopping at the next safe point (Ctrl-C again to stop at once).",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def safe_point() -> None:
+        if asked:
+            raise StoppedError(f"Stopped by {asked[0]}; the same command goes on from here.")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield safe_point
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _attempt(workdir: Path) -> Iterator[None]:
+    """Keeps a record of this start: what was called, with which versions, and how it ended."""
+    folder = workdir / "attempts"
+    number = 1 + max((int(p.stem) for p in folder.glob("[0-9]*.json")), default=0)
+    record = {
+        "argv": sys.argv,
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "started": _now(),
+        "ended": None,
+        "exit_code": None,
+        "reason": None,
+    }
+    path = folder / f"{number:04d}.json"
+    run_directory.write_json(path, record)
+    code, reason = int(ExitCode.DONE), "done"
+    try:
+        yield
+    except SamiError as error:
+        code, reason = int(error.exit_code), str(error)
+        raise
+    except BaseException as error:
+        code, reason = int(ExitCode.NON_FINITE), f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        run_directory.write_json(path, {**record, "ended": _now(), "exit_code": code, "reason": reason})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

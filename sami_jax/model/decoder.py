@@ -1,0 +1,110 @@
+"""A Mistral / Llama decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sami_jax.model.config import DecoderConfig
+from sami_jax.model.layers import Block, LayerCache, rms_norm, scale, weight
+from sami_jax.types import Array, DecodeFn, Params, ScoreFn
+
+
+class Decoder(nnx.Module):
+    """Embedding, L scanned blocks, final norm, head."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        self.blocks = Block(config, rngs)
+        self.final_norm = scale((config.embed_dim,), ("norm",))
+        if not config.tied_embeddings:
+            self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
+
+    def hidden(
+        self, tokens: Array, positions: Array, cache: LayerCache | None, *, remat: bool
+    ) -> tuple[Array, LayerCache | None]:
+        """Final hidden states.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32, increasing along T; a token sees the tokens at positions up to its own.
+          cache: [L, B, S, K, H] keys and values to read and extend, or None to attend among `tokens` alone.
+          remat: recompute each block in the backward pass instead of keeping its activations.
+
+        Returns:
+          [B, T, D] normed, and the extended cache.
+        """
+        chex.assert_rank([tokens, positions], 2)
+        graph, stacked = nnx.split(self.blocks)
+
+        def block(x: Array, layer: tuple[nnx.State, LayerCache | None]) -> tuple[Array, LayerCache | None]:
+            params, layer_cache = layer
+            return nnx.merge(graph, params)(x, positions, layer_cache)
+
+        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x, cache = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, cache))
+        return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> [..., V]."""
+        if self.config.tied_embeddings:
+            return jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
+        return jnp.einsum("...d,dv->...v", hidden, self.head[...])
+
+
+class Model(NamedTuple):
+    """A decoder split at the edge: pure functions of one params pytree.
+
+    Attributes:
+      config: the decoder's shape.
+      score: the model for scoring and training.
+      decode: the model for sampling.
+    """
+
+    config: DecoderConfig
+    score: ScoreFn
+    decode: DecodeFn
+
+
+def abstract_params(config: DecoderConfig) -> tuple[Params, Params]:
+    """Shapes and dtypes of every parameter, and its logical axes, as two nested dicts of one structure."""
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    axes = jax.tree.map(lambda p: p.logical_axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
+    return nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_params(config: DecoderConfig, key: Array) -> Params:
+    """Random parameters: normal(0, 0.02) matrices, norms of one."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
+
+
+def make_model(config: DecoderConfig, *, remat: bool) -> Model:
+    """The pure functions of a decoder of this shape; `remat` trades compute for memory in gradients of `score`."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+    def score(params: Params, tokens: Array, at: Array) -> Array:
+        decoder = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        hidden, _ = decoder.hidden(tokens, positions, None, remat=remat)
+        return decoder.logits(jnp.take_along_axis(hidden, at[:, :, None], axis=1))
+
+    def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, LayerCache]:
+        decoder = nnx.merge(graph, params)
+        rows, width = tokens.shape
+        shape = (config.n_layers, rows, cache_length, config.n_kv_heads, config.head_dim)
+        empty = LayerCache(*(jnp.zeros(shape, params["embedding"].dtype) for _ in range(2)))
+        positions = jnp.broadcast_to(jnp.arange(width)[None, :], tokens.shape)
+        # Padding sits in slots past a row's length; the row's own tokens overwrite it before any query sees it.
+        hidden, cache = decoder.hidden(tokens, positions, empty, remat=False)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return decoder.logits(last), cache
+
+    def step(params: Params, cache: LayerCache, tokens: Array, positions: Array) -> tuple[Array, LayerCache]:
+        decoder = nnx.merge(graph, params)
+        hidden, cache = decoder.hidden(tokens[:, None], positions[:, None], cache, remat=False)
+        return decoder.logits(hidden[:, 0]), cache
+
+    return Model(config, score, DecodeFn(prefill, step))

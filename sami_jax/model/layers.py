@@ -1,0 +1,161 @@
+"""The layers of a Mistral / Llama decoder, as functions of one layer's weights.
+
+Axes: B rows, T tokens, S cache slots, D embed, N heads, K key/value heads, H head dim, F mlp, L layers. Parameters are
+born stacked on a leading L axis, and every one names its logical axes, which `sharding` maps to a mesh. The decoder
+scans over L, so the code below sees one layer's slice.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sami_jax.model.config import DecoderConfig
+from sami_jax.types import Array
+
+_INIT_STDDEV = 0.02  # Mistral's and Llama's initializer_range
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A normal float32 parameter that knows its logical axes."""
+    return nnx.Param(_INIT_STDDEV * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+def scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter of ones that knows its logical axes."""
+    return nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=axes)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer (or, with a leading L, of all); slot s holds the token at position s.
+
+    Attributes:
+      keys: [B, S, K, H], rotated.
+      values: [B, S, K, H].
+    """
+
+    keys: Array
+    values: Array
+
+
+def rms_norm(x: Array, gain: Array, *, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return jnp.einsum("...d,d->...d", normed.astype(x.dtype), gain)
+
+
+def rotate(x: Array, positions: Array, *, theta: float) -> Array:
+    """Rotary position embedding (Su et al. 2021), in the half-split layout of Hugging Face checkpoints.
+
+    Args:
+      x: [B, T, heads, H].
+      positions: [B, T] int32.
+      theta: base; the frequency of pair i is theta ** (-2 i / H).
+
+    Returns:
+      [B, T, heads, H]: pairs (x[i], x[i + H/2]) turned by position * frequency. Angles are float32, since bfloat16
+      cannot count positions past 256.
+    """
+    chex.assert_rank([x, positions], [4, 2])
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), frequencies)[:, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_mask(query_positions: Array, key_positions: Array, *, window: int | None) -> Array:
+    """[B, T, S] bool: True where a key is not after the query and, with a window, fewer than `window` tokens back."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def attention(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """Grouped-query softmax attention, scores in float32.
+
+    Args:
+      queries: [B, T, N, H].
+      keys: [B, S, K, H]; N is a multiple of K, and head n reads key/value head n // (N / K).
+      values: [B, S, K, H].
+      mask: [B, T, S] bool, True = may look. Each query sees at least itself.
+
+    Returns:
+      [B, T, N, H].
+    """
+    chex.assert_rank([queries, keys, values, mask], [4, 4, 4, 3])
+    b, t, n, h = queries.shape
+    k = keys.shape[2]
+    grouped = queries.reshape(b, t, k, n // k, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, values).reshape(b, t, n, h)
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions and an optional key/value cache."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        heads = (c.n_layers, c.embed_dim, c.n_heads, c.head_dim)
+        kv_heads = (c.n_layers, c.embed_dim, c.n_kv_heads, c.head_dim)
+        self.query = weight(rngs, heads, ("layers", "embed", "heads", "head_dim"))
+        self.key = weight(rngs, kv_heads, ("layers", "embed", "kv_heads", "head_dim"))
+        self.value = weight(rngs, kv_heads, ("layers", "embed", "kv_heads", "head_dim"))
+        out = (c.n_layers, c.n_heads, c.head_dim, c.embed_dim)
+        self.out = weight(rngs, out, ("layers", "heads", "head_dim", "embed"))
+
+    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+        """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with these tokens written at their positions."""
+        theta, window = self.config.rope_theta, self.config.sliding_window
+        queries = rotate(jnp.einsum("btd,dnh->btnh", x, self.query[...]), positions, theta=theta)
+        keys = rotate(jnp.einsum("btd,dkh->btkh", x, self.key[...]), positions, theta=theta)
+        values = jnp.einsum("btd,dkh->btkh", x, self.value[...])
+        key_positions = positions
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = LayerCache(cache.keys.at[rows, positions].set(keys), cache.values.at[rows, positions].set(values))
+            keys, values = cache
+            key_positions = jnp.broadcast_to(jnp.arange(keys.shape[1])[None, :], keys.shape[:2])
+        mask = causal_mask(positions, key_positions, window=window)
+        mixed = attention(queries, keys, values, mask)
+        return jnp.einsum("btnh,nhd->btd", mixed, self.out[...]), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x gate) * (x up)) down (Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        wide = (config.n_layers, config.embed_dim, config.mlp_dim)
+        self.gate = weight(rngs, wide, ("layers", "embed", "mlp"))
+        self.up = weight(rngs, wide, ("layers", "embed", "mlp"))
+        self.down = weight(rngs, (wide[0], wide[2], wide[1]), ("layers", "mlp", "embed"))
+
+    def __call__(self, x: Array) -> Array:
+        gate = jnp.einsum("btd,df->btf", x, self.gate[...])
+        up = jnp.einsum("btd,df->btf", x, self.up[...])
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])
+
+
+class Block(nnx.Module):
+    """Pre-norm residual attention, then pre-norm residual MLP."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = scale((config.n_layers, config.embed_dim), ("layers", "norm"))
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "norm"))
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+        eps = self.config.norm_eps
+        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, cache)
+        x = x + mixed
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), cache

@@ -1,0 +1,234 @@
+"""A small base model from scratch: the miniature's, written as an ordinary Hugging Face folder."""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sami_jax import run_directory
+from sami_jax.config import PretrainingConfig, to_dict
+from sami_jax.data import miniature
+from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sami_jax.errors import NonFiniteError
+from sami_jax.losses import token_logps
+from sami_jax.model.config import DecoderConfig, config_to_huggingface
+from sami_jax.model.decoder import init_params, make_model
+from sami_jax.model.huggingface import save_model
+from sami_jax.progress import Progress
+from sami_jax.seeds import jax_key
+from sami_jax.types import Array, Params, ScoreFn
+
+BOS, EOS = "<s>", "</s>"
+
+
+def pretrained_folder(config: PretrainingConfig) -> Path:
+    """Where the base of this config is kept: named by the hash of all that makes it, this code included."""
+    made_by = {
+        "config": _without_place(config),
+        "code": [_source_hash(m) for m in (miniature, inspect.getmodule(pretrain))],
+    }
+    return Path(config.cache_dir) / run_directory.content_hash(made_by)[:16]
+
+
+def pretrain(config: PretrainingConfig) -> Path:
+    """Makes the base model and its world, once.
+
+    Returns:
+      A folder with `model/` (Hugging Face), `data/principles.json`, `data/train.jsonl`, `data/validation.jsonl`,
+      `data/test.jsonl`, `metrics.jsonl` and DONE.json.
+    """
+    folder = pretrained_folder(config)
+    with run_directory.locked(folder):
+        if run_directory.sealed(folder, inputs=_without_place(config)) is None:
+            _make(config, folder)
+    return folder
+
+
+def weighted_cross_entropy(score: ScoreFn, params: Params, tokens: Array, weights: Array) -> Array:
+    """Mean cross-entropy of the next token, in nats.
+
+    Args:
+      score: the model.
+      params: its parameters.
+      tokens: [B, T] int32, padded on the right.
+      weights: [B, T] float32; entry t weighs the prediction of tokens[:, t]; 0 for padding and the first token.
+
+    Returns:
+      sum(weights * -log p) / sum(weights).
+    """
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1)[None, :], (tokens.shape[0], tokens.shape[1] - 1))
+    logps = jax.vmap(token_logps)(score(params, tokens, at), tokens[:, 1:])
+    return -jnp.sum(logps * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+def pretraining_optimizer(config: PretrainingConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) on the layers' matrices, AdamW on embedding and norms; warm-up, then linear to 0."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        warmup = max(1, round(config.warmup_share * config.steps))
+        return optax.join_schedules(
+            [optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, config.steps - warmup)],
+            [warmup],
+        )
+
+    return optax.contrib.muon(
+        schedule(config.matrix_learning_rate),
+        adam_learning_rate=schedule(config.other_learning_rate),
+        adam_b2=0.98,
+        adam_weight_decay=0.01,
+        muon_weight_dimension_numbers=muon_dimensions,
+    )
+
+
+def muon_dimensions(params: Params) -> Params:
+    """Which stacked leaves [L, in..., out...] are matrices to Muon; None leaves a leaf to AdamW."""
+    into_heads = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3))
+    from_heads = optax.contrib.MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=(3,))
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    blocks = {
+        "attention_norm": None,
+        "attention": {"query": into_heads, "key": into_heads, "value": into_heads, "out": from_heads},
+        "mlp_norm": None,
+        "mlp": {"gate": matrix, "up": matrix, "down": matrix},
+    }
+    return {name: blocks if name == "blocks" else None for name in params}
+
+
+def _make(config: PretrainingConfig, folder: Path) -> None:
+    documents = list(miniature.draw_corpus(config.seed, config.steps * config.batch_size))
+    tokenizer = _train_tokenizer(documents, config, folder / "tokenizer")
+    shape = DecoderConfig(
+        model_type="mistral",
+        vocab_size=config.vocab_size,
+        embed_dim=config.embed_dim,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.embed_dim // config.n_heads,
+        mlp_dim=config.mlp_dim,
+        max_positions=config.max_positions,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        sliding_window=None,
+        tied_embeddings=True,
+    )
+    params = _train(config, shape, documents, tokenizer, folder / "metrics.jsonl")
+    bos, eos = tokenizer.prompt_ids("")[0], tokenizer.eos_id
+    save_model(
+        folder / "model",
+        params,
+        shape,
+        huggingface_config=config_to_huggingface(shape, bos_token_id=bos, eos_token_id=eos),
+        generation_config={"bos_token_id": bos, "eos_token_id": eos, "do_sample": False},
+        tokenizer_folder=folder / "tokenizer",
+        card=_CARD.format(config=json.dumps(_without_place(config), indent=1)),
+    )
+    splits = miniature.draw_queries(
+        config.seed, train=config.train_queries, validation=config.validation_queries, test=config.test_queries
+    )
+    for split, queries in splits.items():
+        run_directory.write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
+    principles = [dataclasses.asdict(p) for p in miniature.draw_principles(config.seed)]
+    run_directory.write_json(folder / "data" / "principles.json", principles)
+    run_directory.seal(
+        folder, inputs=_without_place(config), counts={"documents": len(documents), "steps": config.steps}
+    )
+
+
+def _train(
+    config: PretrainingConfig, shape: DecoderConfig, documents: list[tuple[str, str]], tokenizer: Tokenizer, log: Path
+) -> Params:
+    sequences = [_tokenize(document, tokenizer, config.prompt_weight) for document in documents]
+    score = make_model(shape, remat=False).score
+    optimizer = pretraining_optimizer(config)
+    params = init_params(shape, jax_key(config.seed, "init"))
+    opt_state = optimizer.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, opt_state: Any, tokens: Array, weights: Array) -> tuple[Params, Any, Array]:
+        loss, gradients = jax.value_and_grad(weighted_cross_entropy, argnums=1)(score, params, tokens, weights)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    progress = Progress("pretraining", config.steps, unit="steps")
+    log.unlink(missing_ok=True)
+    losses = []
+    for index in range(config.steps):
+        rows = sequences[index * config.batch_size : (index + 1) * config.batch_size]
+        params, opt_state, loss = step(params, opt_state, *_pad(rows))
+        losses.append(loss)
+        if len(losses) == 50 or index + 1 == config.steps:
+            mean = float(np.mean(jax.device_get(losses)))
+            if not np.isfinite(mean):
+                raise NonFiniteError(
+                    f"pretraining: the loss is {mean} before step {index + 1}; lower the learning rates."
+                )
+            run_directory.append_jsonl(log, {"step": index + 1, "loss": mean})
+            progress.update(index + 1, f"loss {mean:.3f}")
+            losses = []
+    return params
+
+
+def _tokenize(document: tuple[str, str], tokenizer: Tokenizer, prompt_weight: float) -> tuple[list[int], list[float]]:
+    prompt, response = document
+    prompt_ids = tokenizer.prompt_ids(prompt)
+    response_ids = [*tokenizer.response_ids(response, prompt=prompt), tokenizer.eos_id]
+    return prompt_ids + response_ids, [0.0] + [prompt_weight] * (len(prompt_ids) - 1) + [1.0] * len(response_ids)
+
+
+def _pad(rows: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    width = -(-max(len(ids) for ids, _ in rows) // 32) * 32  # few shapes, few compilations
+    tokens, weights = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.float32)
+    for row, (ids, weight) in enumerate(rows):
+        tokens[row, : len(ids)], weights[row, : len(ids)] = ids, weight
+    return tokens, weights
+
+
+def _train_tokenizer(documents: list[tuple[str, str]], config: PretrainingConfig, folder: Path) -> Tokenizer:
+    """A byte-level BPE of the corpus' first documents, in a folder that transformers reads."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator((f"{prompt} {response}" for prompt, response in documents[:20000]), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    described["model_max_length"] = config.max_positions
+    run_directory.write_json(folder / "tokenizer_config.json", described)
+    return load_tokenizer(folder)
+
+
+def _without_place(config: PretrainingConfig) -> dict[str, Any]:
+    return {key: value for key, value in to_dict(config).items() if key not in ("cache_dir", "enabled")}
+
+
+def _source_hash(module: Any) -> str:
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+
+
+_CARD = """# A miniature base model
+
+Pretrained from scratch by `sami pretrain` on a generated world of posts and summaries; it is good for nothing else.
+
+```json
+{config}
+```
+"""

@@ -1,0 +1,211 @@
+"""Files a run can trust: atomic writes, stages sealed by DONE.json, one lock per directory.
+
+A stage reads files, writes files, and counts as done only when its DONE.json stands, holding the hash of its inputs and
+the size and SHA-256 of its outputs. Stages are pure in (inputs, seed), so a kill between outputs and seal is harmless.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
+
+DONE, PLAN = "DONE.json", "PLAN.json"
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no NaN. Raises ValueError where NaN or infinity would have to be written."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+      SaveFailedError: the disk is full or not writable.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SaveFailedError(
+            f"{path} could not be written ({error}); free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value a person can read, atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Writes one JSON value a line, atomically."""
+    write_text(path, "".join(canonical_json(record) + "\n" for record in records))
+
+
+def append_jsonl(path: Path, record: Any) -> None:
+    """Appends one line to a log; a torn last line (a kill while writing) is ended first, so that it stays alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + canonical_json(record).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads one JSON value. Raises BadDataError naming the file, and the line where it stops being JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadDataError(f"{path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise BadDataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Reads one JSON value a line; empty lines are skipped. Raises BadDataError naming file and line."""
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise BadDataError(f"{path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise BadDataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+    return records
+
+
+def read_log(path: Path) -> list[Any]:
+    """Reads an append-only log; a torn line (a kill while writing) is left out. A missing log is empty."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if line.strip():
+                records.append(json.loads(line))
+    return records
+
+
+def begin(folder: Path, *, inputs: Any) -> None:
+    """Opens a stage that is not complete: what an earlier attempt left is continued, if it had the same inputs.
+
+    Raises:
+      BadConfigError: the folder holds the beginnings of other inputs.
+    """
+    plan = {"inputs_sha256": content_hash(inputs)}
+    if not (folder / PLAN).exists():
+        write_json(folder / PLAN, plan)
+    elif read_json(folder / PLAN) != plan:
+        raise _other_inputs(folder)
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink()
+
+
+def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "") -> str:
+    """Declares a stage complete and returns its fingerprint, which the next stages take as input.
+
+    Args:
+      folder: everything in it is an output.
+      inputs: JSON value of all the stage's outputs depend on.
+      counts: JSON value for people, a pure function of the inputs.
+      outside: name of a subfolder that is left out, since equal runs write it differently.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DONE and not p.name.endswith(".tmp"))
+    paths = [p for p in paths if p.relative_to(folder).parts[0] != outside]
+    outputs = [{"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_hash(p)} for p in paths]
+    fingerprint = content_hash({"inputs": inputs, "outputs": outputs, "counts": counts})
+    done = {"inputs_sha256": content_hash(inputs), "outputs": outputs, "counts": counts, "fingerprint": fingerprint}
+    write_json(folder / DONE, done)
+    return fingerprint
+
+
+def sealed(folder: Path, *, inputs: Any) -> str | None:
+    """The fingerprint of a complete stage, or None where it is still to be done.
+
+    Raises:
+      BadConfigError: the stage was sealed for other inputs.
+      BadDataError: an output is missing or has another size.
+    """
+    if not (folder / DONE).exists():
+        return None
+    done = read_json(folder / DONE)
+    if done["inputs_sha256"] != content_hash(inputs):
+        raise _other_inputs(folder)
+    for output in done["outputs"]:
+        path = folder / output["path"]
+        if not path.is_file() or path.stat().st_size != output["bytes"]:
+            raise BadDataError(f"{path} is missing or has changed its size; delete {folder} to have it made anew.")
+    return done["fingerprint"]
+
+
+def _other_inputs(folder: Path) -> BadConfigError:
+    return BadConfigError(
+        f"{folder} was made from other inputs (config, data, or an earlier stage changed); "
+        "choose another output folder, or delete this one to have it made anew."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's LOCK; the kernel drops it with the process, kill -9 included.
+
+    Raises:
+      RunInUseError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "LOCK").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise RunInUseError(
+                f"{folder} is in use by process {holder}; wait for it to end, or choose another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

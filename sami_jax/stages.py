@@ -1,0 +1,582 @@
+"""The stages of a run, each a function of files that writes files: sample, train, export, evaluate."""
+
+import dataclasses
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sami_jax import run_directory
+from sami_jax.checkpoints import Checkpoints, fingerprint
+from sami_jax.config import RunConfig, SamplingConfig, TrainConfig
+from sami_jax.data.constitutions import Constitution, draw_constitutions
+from sami_jax.data.filters import REASONS, drop_reason
+from sami_jax.data.pairs import Pair, read_pairs, write_pairs
+from sami_jax.data.principles import Principle, read_principles
+from sami_jax.data.prompts import render
+from sami_jax.data.queries import Query, alternating_half, read_queries
+from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sami_jax.errors import BadDataError, NonFiniteError
+from sami_jax.evaluation.judges import get_judge
+from sami_jax.evaluation.summary import query_mi_nats, summarize
+from sami_jax.losses import sami_loss
+from sami_jax.model.decoder import Model, abstract_params, make_model
+from sami_jax.model.huggingface import load_params, read_config, save_finetuned
+from sami_jax.progress import Progress
+from sami_jax.sampling import Response, sample_responses, stop_tokens
+from sami_jax.scoring import batch_widths, make_batch, score_pairs
+from sami_jax.seeds import generator
+from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings, place, replicated
+from sami_jax.training import (
+    init_state,
+    make_optimizer,
+    make_train_step,
+    micro_batches,
+    nonfinite_examples,
+    query_indices,
+)
+from sami_jax.types import Params, TrainState
+
+SafePoint = Callable[[], None]  # called where a stage may stop; raises StoppedError when someone asked for it
+Log = Callable[[dict[str, Any]], None]  # takes one line of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model folder in memory, its weights on the mesh.
+
+    Attributes:
+      folder: where it came from.
+      model: the pure functions.
+      params: the weights.
+      tokenizer: text to ids.
+      mesh: the devices.
+    """
+
+    folder: Path
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A query and the constitutions it is to be answered under."""
+
+    query: Query
+    constitutions: tuple[Constitution, ...]
+
+
+def load_model(folder: Path, config: RunConfig) -> LoadedModel:
+    """Reads a Hugging Face folder onto the config's mesh. Raises BadDataError where it cannot be used."""
+    shape = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    mesh = make_mesh(config.mesh)
+    shardings = param_shardings(mesh, *abstract_params(shape))
+    params = place(load_params(folder, shape), shardings)
+    return LoadedModel(folder, make_model(shape, remat=config.train.remat), params, tokenizer, mesh)
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's files."""
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model") and p.name != "DONE.json"
+    )
+    return run_directory.content_hash([[path.name, run_directory.file_hash(path)] for path in files])
+
+
+def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
+    """The prompts' token ids. Raises BadDataError where one has none, or may not fit with its response."""
+    ids = [loaded.tokenizer.prompt_ids(prompt) for prompt in prompts]
+    limit = loaded.model.config.max_positions
+    for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
+        if not row:
+            raise BadDataError(f"Prompt {number} has no tokens; remove it.")
+        if len(row) + config.max_new_tokens > limit:
+            raise BadDataError(
+                f"Prompt {number} ({prompt[:60]!r}...) has {len(row)} tokens; with {config.max_new_tokens} new ones it "
+                f"exceeds the model's {limit} positions. Shorten it, or lower config.sampling.max_new_tokens."
+            )
+    return ids
+
+
+def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig, *, rows: int) -> list[Response]:
+    """Greedy responses to prompt texts, in batches of `rows`. Raises BadDataError as `check_prompts` does."""
+    ids = check_prompts(loaded, prompts, config)
+    mask = stop_tokens(loaded.tokenizer, config.stop, vocab_size=loaded.model.config.vocab_size)
+    shared = rows % batch_shards(loaded.mesh) == 0
+    responses = []
+    for start in range(0, len(ids), rows):
+        responses += sample_responses(
+            loaded.model.decode,
+            loaded.params,
+            ids[start : start + rows],
+            loaded.tokenizer,
+            stop_mask=mask,
+            markers=config.stop,
+            max_new_tokens=config.max_new_tokens,
+            rows=rows,
+            round_to=config.round_prompt_tokens_to,
+            sharding=batch_sharding(loaded.mesh) if shared else replicated(loaded.mesh),
+        )
+    return responses
+
+
+def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dict[str, Any]], str]:
+    """Scores a pairs file.
+
+    Returns:
+      One JSON value per query (example_id, logps [C][R], loss, over_responses, over_constitutions, mi_nats, normalize;
+      nats), and a sentence that sums up.
+
+    Raises:
+      BadDataError: model or pairs cannot be used.
+      NonFiniteError: a log-prob is NaN or infinite.
+    """
+    loaded = load_model(model, config)
+    shape = loaded.model.config
+    data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions, vocab_size=shape.vocab_size)
+    matrices = score_all(loaded, loaded.params, data, config, progress=Progress("scoring", len(data), unit="queries"))
+    bad = [pair.example_id for pair, logps in zip(data, matrices, strict=True) if not np.isfinite(logps).all()]
+    if bad:
+        raise NonFiniteError(
+            f"{pairs}: the log-probs of queries {bad} are not finite; the model in {model} is damaged."
+        )
+    losses = jax.vmap(sami_loss)(matrices)
+    lines = [
+        {
+            "example_id": pair.example_id,
+            "logps": logps.tolist(),
+            "loss": float(losses.loss[i]),
+            "over_responses": float(losses.over_responses[i]),
+            "over_constitutions": float(losses.over_constitutions[i]),
+            "mi_nats": float(query_mi_nats(logps[None])[0]),
+            "normalize": config.train.normalize,
+        }
+        for i, (pair, logps) in enumerate(zip(data, matrices, strict=True))
+    ]
+    loss, mi = (float(np.mean([line[key] for line in lines])) for key in ("loss", "mi_nats"))
+    count = matrices.shape[1]
+    summary = (
+        f"{len(lines)} queries, {count} constitutions, {config.train.normalize} log-probs: loss {loss:.6f} nats, "
+        f"MI bound {mi:.6f} of at most {math.log(count):.6f} nats"
+    )
+    return lines, summary
+
+
+def sample_stage(
+    config: RunConfig, *, model: Path, iteration: int, inputs: Any, out: Path, safe_point: SafePoint
+) -> str:
+    """Samples responses until enough contrastive pairs are kept, and writes `pairs.json` (Algorithm 1, sampling).
+
+    Args:
+      config: the run's.
+      model: the previous iteration's model folder.
+      iteration: 1, 2, ...: which half of the queries, and how many pairs its steps need.
+      inputs: JSON value of everything this depends on.
+      out: gets `chunks/00000.jsonl` ..., `pairs.json`, `rejects.jsonl` and DONE.json.
+      safe_point: called between chunks.
+
+    Returns:
+      The stage's fingerprint.
+
+    Raises:
+      BadDataError: the queries run out before enough pairs are kept.
+    """
+    run_directory.begin(out, inputs=inputs)
+    principles = [p for p in read_principles(Path(config.constitutions.principles)) if not p.held_out]
+    queries = alternating_half(read_queries(Path(config.queries.train)), iteration)
+    order = generator(config.seed, "sample", iteration).permutation(len(queries))
+    needed = math.ceil(config.train.steps[iteration - 1] * config.train.queries_per_step / config.train.passes)
+    loaded = load_model(model, config)
+    kept: list[Pair] = []
+    rejects: list[dict[str, Any]] = []
+    asked = 0
+    progress = Progress(f"iteration {iteration}: sampling", needed, unit="pairs")
+    size = config.sampling.chunk_queries
+    for number, start in enumerate(range(0, len(order), size)):
+        tasks = [_draw_task(config, queries[i], principles, "sample", iteration) for i in order[start : start + size]]
+        answers = _answer_chunk(loaded, tasks, config, out / "chunks" / f"{number:05d}.jsonl")
+        for task, responses in zip(tasks, answers, strict=True):
+            reason = drop_reason(responses, config.filters)
+            if reason is None:
+                kept.append(_training_pair(config, task, responses, loaded.tokenizer, iteration))
+            else:
+                texts = [response.text for response in responses]
+                rejects.append({"example_id": task.query.example_id, "reason": reason, "responses": texts})
+        asked += len(tasks)
+        progress.update(min(len(kept), needed), f"{len(kept)} of {asked} queries kept")
+        if len(kept) >= needed:
+            break
+        safe_point()
+    dropped = {reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS}
+    if len(kept) < needed:
+        raise BadDataError(
+            f"Iteration {iteration} kept {len(kept)} pairs of {asked} queries ({dropped}), but its "
+            f"{config.train.steps[iteration - 1]} steps need {needed}; add queries to {config.queries.train}, lower "
+            "config.train.steps, or raise config.train.passes."
+        )
+    write_pairs(out / "pairs.json", kept)
+    run_directory.write_jsonl(out / "rejects.jsonl", rejects)
+    counts = {"queries": len(queries), "sampled": asked, "kept": len(kept), "dropped": dropped}
+    return run_directory.seal(out, inputs=inputs, counts=counts)
+
+
+def train_stage(
+    config: RunConfig,
+    *,
+    base: Path,
+    pairs: Path,
+    iteration: int,
+    inputs: Any,
+    out: Path,
+    log: Log,
+    safe_point: SafePoint,
+) -> str:
+    """Trains the base model on contrastive pairs (Algorithm 1, training), from the newest checkpoint on.
+
+    Args:
+      config: the run's; `train.steps[iteration - 1]` steps are made.
+      base: the base model's folder.
+      pairs: the pairs' file.
+      iteration: 1, 2, ....
+      inputs: JSON value of everything this depends on.
+      out: gets `checkpoints/`, `data.json` (the example ids of every step) and DONE.json.
+      log: takes the metrics of every step.
+      safe_point: called between steps, after a save where it would stop.
+
+    Returns:
+      The stage's fingerprint.
+
+    Raises:
+      NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
+    """
+    run_directory.begin(out, inputs=inputs)
+    loaded = load_model(base, config)
+    _, counts = train_on_pairs(config, loaded, pairs, iteration=iteration, folder=out, log=log, safe_point=safe_point)
+    return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
+
+
+def train_on_pairs(
+    config: RunConfig,
+    loaded: LoadedModel,
+    pairs: Path,
+    *,
+    iteration: int,
+    folder: Path,
+    log: Log,
+    safe_point: SafePoint,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The optimizer steps of `train_stage`. Returns the final state and counts."""
+    train, shape = config.train, loaded.model.config
+    steps, size = train.steps[iteration - 1], train.queries_per_step
+    data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions - 1, vocab_size=shape.vocab_size)
+    schedule = [
+        query_indices(len(data), step, seed=config.seed, iteration=iteration, queries_per_step=size)
+        for step in range(steps)
+    ]
+    ids = [[data[i].example_id for i in indices] for indices in schedule]
+    run_directory.write_json(folder / "data.json", ids)
+    eos_id = _trained_eos(train, loaded.tokenizer)
+    width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
+    state = fresh_state(loaded, train)
+    step_fn = make_train_step(loaded.model.score, train)
+    sharding = _micro_batch_sharding(loaded.mesh)
+    with Checkpoints(folder / "checkpoints", warn=_warn) as checkpoints:
+        state = checkpoints.restore_latest(state) or state
+        first = int(state.step)
+        progress = Progress(f"iteration {iteration}: training", steps, unit="steps", done=first, log_every_s=5.0)
+        for step in range(first, steps):
+            started = time.monotonic()
+            rows = [data[i] for i in schedule[step]]
+            batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
+            micro = micro_batches(batch, train.micro_batch_queries * batch_shards(loaded.mesh))
+            state, metrics = step_fn(state, loaded.params, jax.device_put(micro, sharding))
+            if not bool(metrics.finite):
+                bad = nonfinite_examples(metrics, ids[step])
+                raise NonFiniteError(
+                    f"Step {step + 1} of iteration {iteration}: loss {float(metrics.loss)}, gradient norm "
+                    f"{float(metrics.grad_norm)} are not finite (queries {bad or ids[step]}); the update was not applied."
+                    " Look at these queries, and lower config.train.learning_rate if they are sound."
+                )
+            scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
+            log(
+                {
+                    "iteration": iteration,
+                    "stage": "train",
+                    "step": step + 1,
+                    **scalars,
+                    "step_time_s": time.monotonic() - started,
+                }
+            )
+            progress.update(step + 1, f"loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats")
+            if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
+                checkpoints.save(state)
+            else:
+                _stop_after_saving(safe_point, checkpoints, state)
+    counts = {"steps": steps, "pairs": len(data), "width": width, "response_width": response_width}
+    return state, {**counts, "state": fingerprint(state)}
+
+
+def fresh_state(loaded: LoadedModel, train: TrainConfig) -> TrainState:
+    """The state before the first step: a copy of the weights, and optimizer moments sharded like them."""
+    state = init_state(jax.tree.map(jnp.copy, loaded.params), make_optimizer(train))
+    devices = set(loaded.mesh.devices.flat)
+    return jax.tree.map(lambda x: x if x.sharding.device_set == devices else place(x, replicated(loaded.mesh)), state)
+
+
+def export_stage(config: RunConfig, *, base: Path, trained: Path, inputs: Any, out: Path, card: str) -> str:
+    """Writes the weights of a finished training as a Hugging Face folder. Returns the stage's fingerprint.
+
+    Raises:
+      BadDataError: there is no sound checkpoint in `trained`.
+    """
+    shutil.rmtree(out, ignore_errors=True)  # only ever an export that was cut off before its seal
+    step = save_trained(config, base=base, trained=trained, out=out, card=card)
+    return run_directory.seal(out, inputs=inputs, counts={"step": step})
+
+
+def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, card: str) -> int:
+    """Writes the newest checkpoint of `trained` as a Hugging Face folder. Returns its step.
+
+    Raises:
+      BadDataError: there is no sound checkpoint.
+    """
+    loaded = load_model(base, config)
+    with Checkpoints(trained / "checkpoints", warn=_warn) as checkpoints:
+        state = checkpoints.restore_latest(fresh_state(loaded, config.train))
+    if state is None:
+        raise BadDataError(f"{trained} holds no checkpoint; delete the folder to train again.")
+    save_finetuned(out, state.params, loaded.model.config, source=base, card=card)
+    return int(state.step)
+
+
+def model_card(config: RunConfig, iteration: int, *, base: str) -> str:
+    """README.md of a trained folder: what it was made from, and how."""
+    train = config.train
+    return (
+        f"# {base} after SAMI, iteration {iteration}\n\n"
+        f"Trained from `{base}` by sami_jax with SAMI (arXiv:2404.14313): "
+        f"{train.steps[iteration - 1]} optimizer steps of {train.queries_per_step} queries, learning rate "
+        f"{train.learning_rate:g} ({train.optimizer}), {train.normalize} log-probs, KL weight {train.kl_beta:g}.\n"
+    )
+
+
+def evaluate_stage(
+    config: RunConfig,
+    *,
+    model: Path,
+    base: Path,
+    baseline: Path | None,
+    iteration: int,
+    inputs: Any,
+    out: Path,
+    safe_point: SafePoint,
+) -> str:
+    """Answers the evaluation queries, judges and scores the answers (paper, section 4).
+
+    Args:
+      config: the run's.
+      model: the folder of the model to evaluate.
+      base: the base model's folder; the answers' log-prob under it shows over-optimisation.
+      baseline: the base's finished evaluation folder, to compare with; None for the base itself.
+      iteration: 0 for the base.
+      inputs: JSON value of everything this depends on.
+      out: gets `responses/*/00000.jsonl`, `results.jsonl`, `summary.json` and DONE.json.
+      safe_point: called between chunks.
+
+    Returns:
+      The stage's fingerprint.
+    """
+    run_directory.begin(out, inputs=inputs)
+    loaded = load_model(model, config)
+    base_params = loaded.params if model == base else load_model(base, config).params
+    theirs = run_directory.read_jsonl(baseline / "results.jsonl") if baseline else None
+    records: list[dict[str, Any]] = []
+    splits: dict[str, Any] = {}
+    for split, tasks in evaluation_tasks(config).items():
+        answers: list[list[Response]] = []
+        progress = Progress(f"iteration {iteration}: evaluating {split}", len(tasks), unit="queries")
+        for number, start in enumerate(range(0, len(tasks), config.sampling.chunk_queries)):
+            chunk = tasks[start : start + config.sampling.chunk_queries]
+            answers += _answer_chunk(loaded, chunk, config, out / "responses" / split / f"{number:05d}.jsonl")
+            progress.update(len(answers))
+            safe_point()
+        mine = _evaluate_split(config, loaded, base_params, tasks, answers, split)
+        splits[split] = summarize(mine, None if theirs is None else [r for r in theirs if r["split"] == split])
+        splits[split]["judge"] = None if config.evaluation.judge == "none" else config.evaluation.judge
+        records += mine
+    run_directory.write_jsonl(out / "results.jsonl", records)
+    summary = {
+        "iteration": iteration,
+        "normalize": config.train.normalize,
+        "ceiling_nats": math.log(config.constitutions.count),
+        "splits": splits,
+    }
+    run_directory.write_json(out / "summary.json", summary)
+    return run_directory.seal(out, inputs=inputs, counts={name: split["n_queries"] for name, split in splits.items()})
+
+
+def evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
+    """The queries and constitutions of each split, the same for every iteration.
+
+    "learned": principles SAMI trains on; "held_out": the others, where there are enough of them for a constitution.
+    """
+    queries = read_queries(Path(config.queries.evaluation))[: config.queries.evaluation_count]
+    principles = read_principles(Path(config.constitutions.principles))
+    held_out = [p for p in principles if p.held_out]
+    splits = {"learned": [p for p in principles if not p.held_out]}
+    if config.evaluation.held_out and len(held_out) >= config.constitutions.principles_per_query:
+        splits["held_out"] = held_out
+    return {name: [_draw_task(config, q, drawn, "evaluate", name) for q in queries] for name, drawn in splits.items()}
+
+
+def _draw_task(config: RunConfig, query: Query, principles: Sequence[Principle], *names: str | int) -> Task:
+    drawn = draw_constitutions(
+        principles,
+        generator(config.seed, "constitutions", *names, query.example_id),
+        count=config.constitutions.count,
+        per_query=config.constitutions.principles_per_query,
+        pairing=config.constitutions.pairing,
+    )
+    return Task(query, tuple(drawn))
+
+
+def _answer_chunk(loaded: LoadedModel, tasks: Sequence[Task], config: RunConfig, path: Path) -> list[list[Response]]:
+    """The responses of each task, read from `path` where it stands, else sampled and written there."""
+    count = config.constitutions.count
+    if not path.exists():
+        prompts = [
+            render(config.prompts.generation, constitution=constitution.text, query=task.query.text)
+            for task in tasks
+            for constitution in task.constitutions
+        ]
+        flat = respond(loaded, prompts, config.sampling, rows=config.sampling.chunk_queries * count)
+        lines = [
+            {
+                "example_id": task.query.example_id,
+                "constitutions": [constitution.text for constitution in task.constitutions],
+                "responses": [dataclasses.asdict(response) for response in flat[i * count : (i + 1) * count]],
+            }
+            for i, task in enumerate(tasks)
+        ]
+        run_directory.write_jsonl(path, lines)
+    records = run_directory.read_jsonl(path)
+    if [record["example_id"] for record in records] != [task.query.example_id for task in tasks]:
+        raise BadDataError(f"{path} holds other queries than the run asks for; delete it to have it sampled anew.")
+    return [[Response(r["text"], tuple(r["ids"]), r["finished"]) for r in record["responses"]] for record in records]
+
+
+def _training_pair(
+    config: RunConfig, task: Task, responses: Sequence[Response], tokenizer: Tokenizer, iteration: int
+) -> Pair:
+    rng = generator(config.seed, "reshuffle", iteration, task.query.example_id)
+    constitutions = [c.shuffled(rng) if config.constitutions.reshuffle else c for c in task.constitutions]
+    return _pair(config.prompts.training, task.query, constitutions, responses, tokenizer)
+
+
+def _pair(
+    template: str,
+    query: Query,
+    constitutions: Sequence[Constitution],
+    responses: Sequence[Response],
+    tokenizer: Tokenizer,
+) -> Pair:
+    prompts = tuple(render(template, constitution=c.text, query=query.text) for c in constitutions)
+    return Pair(
+        query.example_id,
+        prompts,
+        tuple(response.text for response in responses),
+        tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts),
+        tuple(response.ids for response in responses),
+    )
+
+
+def _evaluate_split(
+    config: RunConfig,
+    loaded: LoadedModel,
+    base_params: Params,
+    tasks: Sequence[Task],
+    answers: Sequence[Sequence[Response]],
+    split: str,
+) -> list[dict[str, Any]]:
+    pairs = [
+        _pair(config.prompts.training, task.query, task.constitutions, responses, loaded.tokenizer)
+        for task, responses in zip(tasks, answers, strict=True)
+    ]
+    ours, bases = (score_all(loaded, params, pairs, config) for params in (loaded.params, base_params))
+    mi_nats = query_mi_nats(ours)
+    judge = get_judge(config.evaluation.judge)
+    records = []
+    rows = zip(tasks, answers, pairs, ours, bases, mi_nats, strict=True)
+    for task, responses, pair, logps, base_logps, mi in rows:
+        defined = all(pair.response_ids)  # an empty response has no log-prob; such queries are counted, not averaged
+        verdicts = None
+        if judge:
+            judged = [judge(task.query, c, r.text) for c, r in zip(task.constitutions, responses, strict=True)]
+            verdicts = [
+                {**dataclasses.asdict(v), "adherence": v.adherence, "score": v.score, "strict_score": v.strict_score}
+                for v in judged
+            ]
+        records.append(
+            {
+                "split": split,
+                "example_id": task.query.example_id,
+                "query": task.query.text,
+                "constitutions": [constitution.text for constitution in task.constitutions],
+                "responses": list(pair.responses),
+                "response_tokens": [len(ids) for ids in pair.response_ids],
+                "logps": logps.tolist() if defined else None,
+                "base_logps": np.diagonal(base_logps).tolist() if defined else None,
+                "mi_nats": float(mi) if defined else None,
+                "verdicts": verdicts,
+            }
+        )
+    return records
+
+
+def score_all(
+    loaded: LoadedModel, params: Params, pairs: Sequence[Pair], config: RunConfig, *, progress: Progress | None = None
+) -> np.ndarray:
+    """[Q, C, R] log-probs of the pairs by the config's `train.normalize`."""
+    return score_pairs(
+        loaded.model.score,
+        params,
+        pairs,
+        normalize=config.train.normalize,
+        rows=config.train.micro_batch_queries * batch_shards(loaded.mesh),
+        round_to=config.train.round_tokens_to,
+        sharding=batch_sharding(loaded.mesh),
+        scored=progress.update if progress else lambda done: None,
+    )
+
+
+def _trained_eos(train: TrainConfig, tokenizer: Tokenizer) -> int | None:
+    if train.train_eos and tokenizer.eos_id is None:
+        raise BadDataError("config.train.train_eos is set, but the tokenizer has no end-of-sequence token.")
+    return tokenizer.eos_id if train.train_eos else None
+
+
+def _micro_batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    spec = batch_sharding(mesh).spec
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec))
+
+
+def _stop_after_saving(safe_point: SafePoint, checkpoints: Checkpoints, state: TrainState) -> None:
+    try:
+        safe_point()
+    except Exception:
+        checkpoints.save(state)
+        raise
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)

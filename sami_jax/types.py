@@ -1,0 +1,59 @@
+"""The arrays that travel between the stages, and the two functions that stand for a model."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Params = Any  # nested dict of arrays, as `model.decoder.Decoder` splits into
+
+ScoreFn = Callable[[Params, Array, Array], Array]
+"""(params, tokens [N, T] int32, at [N, K] int32) -> logits [N, K, V] that predict the token *after* position `at`.
+
+Position t may depend on tokens[:, :t + 1] only. Scoring and training know no more of a model than this."""
+
+
+class DecodeFn(NamedTuple):
+    """A model as sampling sees it; a bigram table can be one.
+
+    Attributes:
+      prefill: (params, tokens [B, T] int32, lengths [B] int32, cache_length) -> (logits [B, V] after each row's last
+        token, cache). Rows are padded on the right; what lies past `lengths` must not matter.
+      step: (params, cache, tokens [B] int32, positions [B] int32) -> (logits [B, V], cache). Feeds one token a row.
+    """
+
+    prefill: Callable[[Params, Array, Array, int], tuple[Array, Any]]
+    step: Callable[[Params, Any, Array, Array], tuple[Array, Any]]
+
+
+class ContrastiveBatch(NamedTuple):
+    """B queries with C constitutions and R = C responses each; one sequence per (constitution, response) cell.
+
+    Masks come from lengths, never from a pad id: Mistral's pad is its end-of-sequence token.
+
+    Attributes:
+      tokens: [B, C, R, T] int32. Prompt of constitution c, then response r, then padding.
+      prompt_lengths: [B, C] int32. Tokens of each prompt.
+      targets: [B, R, K] int32. The responses' own tokens, padded.
+      target_mask: [B, R, K] bool. True where a response token counts.
+    """
+
+    tokens: Array
+    prompt_lengths: Array
+    targets: Array
+    target_mask: Array
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      params: the policy.
+      opt_state: the optimizer's state, shaped like `params` leaf by leaf.
+      step: [] int32, optimizer steps done.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Array
