@@ -25,11 +25,9 @@ setup(
         "train": [
             "flax>=0.12",
             "jinja2>=3.1",
-            "matplotlib>=3.9",
             "ml-collections>=1.0",
             "optax>=0.2.5",
             "orbax-checkpoint>=0.11.25",
-            "rich>=13.0",
             "safetensors>=0.5",
             "tokenizers>=0.22",
             "transformers>=5.0",

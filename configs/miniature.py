@@ -7,8 +7,8 @@ next run), then three iterations follow. README.md says what to expect, with int
 `configs/miniature.py:smoke` is the same in a minute, for tests: nothing can be learned from its numbers.
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 import ml_collections
 
@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The run's settings; `variant` is empty or "smoke"."""
     if variant not in ("", "smoke"):
         raise ValueError(f"unknown variant {variant!r}; there is only 'smoke'")
-    config = _common()
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))["get_config"]()
     config.model = "{pretrained}/model"
     config.queries = ml_collections.ConfigDict(
         {
@@ -54,13 +54,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.train.steps = (1, 1)
         config.train.queries_per_step = 4
         config.train.micro_batch_queries = 2
-        config.pretraining.steps = 60
-        config.pretraining.train_queries = 64
+        config.pretraining.steps = 300
+        config.pretraining.embed_dim = 64
+        config.pretraining.mlp_dim = 128
+        config.pretraining.n_layers = 2
+        config.pretraining.batch_size = 8
+        config.pretraining.train_queries = 128
     return config
-
-
-def _common() -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location("common", pathlib.Path(__file__).with_name("common.py"))
-    common = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(common)
-    return common.get_config()

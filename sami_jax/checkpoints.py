@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from sami_jax.errors import BadDataError, SaveFailedError
+from sami_jax.errors import BadDataError, SaveFailedError, StoppedError
 from sami_jax.types import Array, TrainState
 
 
@@ -18,27 +19,31 @@ class Checkpoints:
     """The checkpoints of one training stage, newest last; use as a context manager.
 
     Orbax has no checksum on array data (a flipped bit restores silently) and casts dtypes silently. So every save
-    carries an integer fingerprint of all leaves, which no sharding changes, and a restore that does not match it is set aside.
+    carries an integer fingerprint of all leaves, which no sharding changes, and a restore that does not match it is set
+    aside.
     """
 
-    def __init__(self, folder: Path, *, warn: Callable[[str], None], keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = 2):
         """Opens the folder.
 
         Args:
           folder: made if missing; only the holder of the run's lock may use it.
-          warn: called with a sentence when a damaged checkpoint is set aside.
           keep: how many of the newest to keep.
         """
-        self._folder, self._warn = folder.absolute(), warn
+        self._folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, step_prefix="step", step_format_fixed_length=8, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            step_prefix="step",
+            step_format_fixed_length=8,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,  # its threads would keep a process whose save failed from ending for 5 min
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._manager.close()
 
     def save(self, state: TrainState) -> None:
@@ -62,6 +67,14 @@ class Checkpoints:
             ) from error
         if not saved:
             raise SaveFailedError(f"{self._folder}: step {step} was not saved, since it exists already.")
+
+    def save_if_stopped(self, state: TrainState, safe_point: Callable[[], None]) -> None:
+        """Calls `safe_point`; where it raises, because someone asked to stop, saves first."""
+        try:
+            safe_point()
+        except StoppedError:
+            self.save(state)
+            raise
 
     def restore_latest(self, target: TrainState) -> TrainState | None:
         """The newest sound checkpoint, or None where none was ever saved.
@@ -87,7 +100,12 @@ class Checkpoints:
             aside = self._folder.parent / f"damaged-{self._folder.name}-step-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             self._step_folder(step).rename(aside)
-            self._warn(f"The checkpoint of step {step} is damaged ({reason}); it was set aside as {aside}.")
+            self._manager.reload()  # it lists steps once; without this, it would refuse to save this step again
+            print(
+                f"warning: the checkpoint of step {step} is damaged ({reason}); it was set aside as {aside}.",
+                file=sys.stderr,
+                flush=True,
+            )
         if steps:
             raise BadDataError(f"{self._folder}: no checkpoint can be read; delete the folder to train from the start.")
         return None

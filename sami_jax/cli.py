@@ -234,9 +234,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     if not config.pretraining.enabled:
         raise BadConfigError(f"{arguments.config} has no pretraining; set config.pretraining.enabled=true.")
+    from sami_jax.iterations import stop_on_signal
     from sami_jax.pretraining import pretrain
 
-    print(pretrain(config.pretraining))
+    with stop_on_signal() as safe_point:
+        print(pretrain(config.pretraining, safe_point=safe_point))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -282,7 +284,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
+    config = load_config(arguments.config, {**arguments.config_overrides, "iterations": "1"})
     from sami_jax import iterations
 
     print(iterations.train_folder(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out))

@@ -10,16 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sami_jax.data.prompts import check_template
 from sami_jax.errors import BadConfigError
+from sami_jax.types import Normalize
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes
 
 
 def _setting(
-    default: Any, help: str, *, at_least: float | None = None, above: float | None = None, choices: tuple[str, ...] = ()
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    metadata = {"help": help, "at_least": at_least, "above": above, "choices": choices}
+    metadata = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +55,7 @@ class PretrainingConfig:
         0.05, "share of the steps in which the learning rate rises; then linear to 0", at_least=0
     )
     prompt_weight: float = _setting(0.1, "weight of prompt tokens in the loss; response tokens have 1", at_least=0)
-    train_queries: int = _setting(4096, "posts for SAMI's training", at_least=2)
+    train_queries: int = _setting(8192, "posts for SAMI's training", at_least=2)
     validation_queries: int = _setting(250, "posts to choose settings on", at_least=1)
     test_queries: int = _setting(250, "posts to report results on, about people training never mentions", at_least=1)
 
@@ -85,6 +91,12 @@ class PromptsConfig:
     generation: str = _setting("{constitution}\n\n{query}\n\n", "prompt the model samples from")
     training: str = _setting("{constitution}\n\n{query}\n\n", "prompt it is trained and scored on")
 
+    def __post_init__(self) -> None:
+        for name, template in to_dict(self).items():
+            for place in ("{constitution}", "{query}"):
+                if template.count(place) != 1:
+                    raise BadConfigError(f"config.prompts.{name} must contain {place} exactly once.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -116,12 +128,14 @@ class TrainConfig:
     passes: float = _setting(1.0, "how often a kept query is used at most, on average", at_least=1.0)
     optimizer: str = _setting("adamw", "with torch's defaults", choices=("adamw", "rmsprop"))
     learning_rate: float = _setting(5e-7, "constant, no warm-up", above=0)
-    adam_b1: float = _setting(0.9, "adamw: decay of the first moment", at_least=0)
-    adam_b2: float = _setting(0.999, "adamw: decay of the second moment", at_least=0)
-    rmsprop_decay: float = _setting(0.99, "rmsprop: decay of the squared gradient (torch's alpha)", at_least=0)
+    adam_b1: float = _setting(0.9, "adamw: decay of the first moment", at_least=0, below=1)
+    adam_b2: float = _setting(0.999, "adamw: decay of the second moment", at_least=0, below=1)
+    rmsprop_decay: float = _setting(
+        0.99, "rmsprop: decay of the squared gradient (torch's alpha)", at_least=0, below=1
+    )
     eps: float = _setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = _setting(0.01, "adamw: decoupled weight decay", at_least=0)
-    normalize: str = _setting(
+    normalize: Normalize = _setting(
         "mean", "a response's log-prob: mean over its tokens (authors' code) or sum (paper)", choices=("mean", "sum")
     )
     over_responses_weight: float = _setting(0.5, "weight of the softmax over responses", at_least=0)
@@ -167,9 +181,7 @@ class RunConfig:
     mesh: MeshConfig = _setting(MeshConfig, "")
     pretraining: PretrainingConfig = _setting(PretrainingConfig, "")
 
-    def __post_init__(self):
-        check_template(self.prompts.generation, field="prompts.generation")
-        check_template(self.prompts.training, field="prompts.training")
+    def __post_init__(self) -> None:
         if len(self.train.steps) < self.iterations or min(self.train.steps, default=0) < 1:
             raise BadConfigError(
                 f"train.steps is {self.train.steps}: it needs a positive number of steps for each of the "
@@ -244,7 +256,7 @@ def _read_file(spec: str) -> dict[str, Any]:
     if path.suffix == ".json":
         from sami_jax.run_directory import read_json
 
-        return read_json(path)
+        return _section(read_json(path), "holds", path)
     module_spec = importlib.util.spec_from_file_location(f"sami_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise BadConfigError(f"The config file {path} is neither a .py nor a .json file.")
@@ -254,12 +266,19 @@ def _read_file(spec: str) -> dict[str, Any]:
         settings = module.get_config(argument) if argument else module.get_config()
     except Exception as error:  # a config file is the user's code and may raise anything
         raise BadConfigError(f"{path}: get_config failed ({type(error).__name__}: {error}).") from error
-    return settings.to_dict()
+    return _section(settings.to_dict() if hasattr(settings, "to_dict") else settings, "get_config returned", path)
+
+
+def _section(settings: Any, how: str, path: Path) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise BadConfigError(f"{path}: {how} {settings!r}; it must be a section of settings.")
+    return settings
 
 
 def _build(kind: type, settings: Any, prefix: str) -> Any:
     if not isinstance(settings, Mapping):
-        raise BadConfigError(f"config.{prefix.rstrip('.')} is a section of settings, not a value: {settings!r}.")
+        name = f"config.{prefix}".rstrip(".")
+        raise BadConfigError(f"{name} is a section of settings, not a value: {settings!r}.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = {}
     for name, value in settings.items():
@@ -279,7 +298,7 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
 
 def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     value = _typed(name, value, field.type)
-    lowest, above, choices = (field.metadata[key] for key in ("at_least", "above", "choices"))
+    lowest, above, below, choices = (field.metadata[key] for key in ("at_least", "above", "below", "choices"))
     numbers = [value] if isinstance(value, int | float) else []
     if any(not math.isfinite(number) for number in numbers):
         raise BadConfigError(f"{name} is {value!r}; it must be finite.")
@@ -287,6 +306,10 @@ def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
         raise BadConfigError(f"{name} is {value!r}; it must be at least {lowest}.")
     if above is not None and value <= above:
         raise BadConfigError(f"{name} is {value!r}; it must be above {above}.")
+    if below is not None and value >= below:
+        raise BadConfigError(f"{name} is {value!r}; it must be below {below}.")
+    if isinstance(value, tuple) and "" in value:  # it stands in every text
+        raise BadConfigError(f"{name} holds an empty text; remove it.")
     if choices and value not in choices:
         raise BadConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
     return value
@@ -297,6 +320,7 @@ _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     float: ("a number", float),
     bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
     str: ("text", str),
+    Normalize: ("mean or sum", str),
     tuple[int, ...]: ("a list of whole numbers such as (2, 4, 6)", ast.literal_eval),
     tuple[str, ...]: ("a list of texts such as ('###',)", ast.literal_eval),
 }
@@ -304,11 +328,11 @@ _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     what, parse = _PARSERS[kind]
-    problem = BadConfigError(f"{name} is {str(value) if isinstance(value, _Text) else value!r}; it must be {what}.")
+    problem = BadConfigError(f"{name} is {value!r}; it must be {what}.")
     if isinstance(value, _Text):
         try:
             value = parse(str(value))
-        except (ValueError, KeyError, SyntaxError):
+        except (ValueError, KeyError, SyntaxError, TypeError):
             raise problem from None
     if kind is float and type(value) is int:
         return float(value)
@@ -318,6 +342,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, tuple) or any(type(item) is not typing.get_args(kind)[0] for item in value):
             raise problem
         return value
-    if type(value) is not kind:
+    if type(value) is not (str if kind is Normalize else kind):
         raise problem
     return value

@@ -38,16 +38,16 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
       RunInUseError: another process works on it.
       StoppedError: someone asked it to stop; the same command goes on from here.
     """
-    with run_directory.locked(workdir), _stop_on_signal() as safe_point:
+    with run_directory.locked(workdir), stop_on_signal() as safe_point:
         config = _open_run(config, workdir)
         with _attempt(workdir):
-            return _Run(with_pretrained(config), workdir, safe_point, say).finish()
+            return _Run(with_pretrained(config, safe_point), workdir, safe_point, say).finish()
 
 
 def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> Path:
     """Trains a model folder on a pairs file and writes the trained folder `out`.
 
-    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on from there.
+    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on there.
 
     Raises:
       BadConfigError: `out` was begun with other settings, model or pairs.
@@ -56,10 +56,10 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     folder = out.with_name(out.name + ".training")
     read_config(model)
     train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
-    inputs = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
+    inputs: list[Any] = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
     inputs.append(run_directory.file_hash(pairs) if pairs.is_file() else run_directory.read_json(pairs))
     card = stages.model_card(config, 1, base=model.name)
-    with run_directory.locked(folder), _stop_on_signal() as safe_point:
+    with run_directory.locked(folder), stop_on_signal() as safe_point:
         if out.exists() and any(out.iterdir()):
             raise SaveFailedError(f"{out} already holds files; choose another folder for the trained model.")
         stages.train_stage(
@@ -85,11 +85,11 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
     Raises:
       BadDataError: a folder cannot be used.
     """
-    config = with_pretrained(config)
     read_config(model)
-    inputs = [to_dict(config), stages.folder_hash(model)]
-    inputs.append(run_directory.file_hash(baseline / "results.jsonl") if baseline else None)
-    with run_directory.locked(out), _stop_on_signal() as safe_point:
+    with run_directory.locked(out), stop_on_signal() as safe_point:
+        config = with_pretrained(config, safe_point)
+        inputs: list[Any] = [to_dict(config), stages.folder_hash(model)]
+        inputs += [run_directory.file_hash(baseline / "results.jsonl") if baseline else None]
         if run_directory.sealed(out, inputs=inputs) is None:
             stages.evaluate_stage(
                 config,
@@ -114,7 +114,8 @@ def export_folder(workdir: Path, iteration: int, out: Path) -> Path:
     trained = workdir / f"iter_{iteration:03d}" / "train"
     if not (trained / run_directory.DONE).is_file():
         raise BadDataError(f"{workdir} has no finished training of iteration {iteration}; go on with `sami run` first.")
-    config = with_pretrained(from_dict(run_directory.read_json(workdir / "config.json")))
+    with stop_on_signal() as safe_point:
+        config = with_pretrained(from_dict(run_directory.read_json(workdir / "config.json")), safe_point)
     base = Path(config.model)
     stages.save_trained(
         config, base=base, trained=trained, out=out, card=stages.model_card(config, iteration, base=base.name)
@@ -285,13 +286,13 @@ def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
         yield f"{prefix.rstrip('.')}: {before!r} -> {after!r}"
 
 
-def with_pretrained(config: RunConfig) -> RunConfig:
+def with_pretrained(config: RunConfig, safe_point: Callable[[], None]) -> RunConfig:
     """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
     if PRETRAINED not in json.dumps(to_dict(config)):
         return config
     if not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    folder = str(pretrain(config.pretraining))
+    folder = str(pretrain(config.pretraining, safe_point=safe_point))
     return from_dict(_replaced(to_dict(config), folder))
 
 
@@ -302,7 +303,7 @@ def _replaced(value: Any, folder: str) -> Any:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], None]]:
+def stop_on_signal() -> Iterator[Callable[[], None]]:
     """Yields the safe point: it raises StoppedError once SIGTERM or Ctrl-C came. A second Ctrl-C ends at once."""
     asked: list[str] = []
 

@@ -5,6 +5,8 @@ import functools
 import hashlib
 import inspect
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import optax
 
 from sami_jax import run_directory
+from sami_jax.checkpoints import Checkpoints
 from sami_jax.config import PretrainingConfig, to_dict
 from sami_jax.data import miniature
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +27,7 @@ from sami_jax.model.decoder import init_params, make_model
 from sami_jax.model.huggingface import save_model
 from sami_jax.progress import Progress
 from sami_jax.seeds import jax_key
-from sami_jax.types import Array, Params, ScoreFn
+from sami_jax.types import Array, Params, ScoreFn, TrainState
 
 BOS, EOS = "<s>", "</s>"
 
@@ -38,8 +41,12 @@ def pretrained_folder(config: PretrainingConfig) -> Path:
     return Path(config.cache_dir) / run_directory.content_hash(made_by)[:16]
 
 
-def pretrain(config: PretrainingConfig) -> Path:
-    """Makes the base model and its world, once.
+def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Path:
+    """Makes the base model and its world, once; an interrupted pretraining goes on from its newest checkpoint.
+
+    Args:
+      config: what to make.
+      safe_point: called between steps; what it raises stops the work after a save.
 
     Returns:
       A folder with `model/` (Hugging Face), `data/principles.json`, `data/train.jsonl`, `data/validation.jsonl`,
@@ -48,7 +55,7 @@ def pretrain(config: PretrainingConfig) -> Path:
     folder = pretrained_folder(config)
     with run_directory.locked(folder):
         if run_directory.sealed(folder, inputs=_without_place(config)) is None:
-            _make(config, folder)
+            _make(config, folder, safe_point)
     return folder
 
 
@@ -102,7 +109,7 @@ def muon_dimensions(params: Params) -> Params:
     return {name: blocks if name == "blocks" else None for name in params}
 
 
-def _make(config: PretrainingConfig, folder: Path) -> None:
+def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None]) -> None:
     documents = list(miniature.draw_corpus(config.seed, config.steps * config.batch_size))
     tokenizer = _train_tokenizer(documents, config, folder / "tokenizer")
     shape = DecoderConfig(
@@ -120,8 +127,10 @@ def _make(config: PretrainingConfig, folder: Path) -> None:
         sliding_window=None,
         tied_embeddings=True,
     )
-    params = _train(config, shape, documents, tokenizer, folder / "metrics.jsonl")
-    bos, eos = tokenizer.prompt_ids("")[0], tokenizer.eos_id
+    bos, eos = tokenizer.prompt_ids(BOS)[0], tokenizer.end_id()
+    sequences = [_tokenize(document, tokenizer, config.prompt_weight) for document in documents]
+    params = _train(config, shape, sequences, folder, safe_point)
+    shutil.rmtree(folder / "model", ignore_errors=True)  # only ever one that was cut off before the seal
     save_model(
         folder / "model",
         params,
@@ -138,49 +147,57 @@ def _make(config: PretrainingConfig, folder: Path) -> None:
         run_directory.write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
     principles = [dataclasses.asdict(p) for p in miniature.draw_principles(config.seed)]
     run_directory.write_json(folder / "data" / "principles.json", principles)
-    run_directory.seal(
-        folder, inputs=_without_place(config), counts={"documents": len(documents), "steps": config.steps}
-    )
+    shutil.rmtree(folder / "checkpoints")
+    counts = {"documents": len(documents), "steps": config.steps}
+    run_directory.seal(folder, inputs=_without_place(config), counts=counts)
 
 
 def _train(
-    config: PretrainingConfig, shape: DecoderConfig, documents: list[tuple[str, str]], tokenizer: Tokenizer, log: Path
+    config: PretrainingConfig,
+    shape: DecoderConfig,
+    sequences: list[tuple[list[int], list[float]]],
+    folder: Path,
+    safe_point: Callable[[], None],
 ) -> Params:
-    sequences = [_tokenize(document, tokenizer, config.prompt_weight) for document in documents]
-    score = make_model(shape, remat=False).score
-    optimizer = pretraining_optimizer(config)
+    score, optimizer = make_model(shape, remat=False).score, pretraining_optimizer(config)
     params = init_params(shape, jax_key(config.seed, "init"))
-    opt_state = optimizer.init(params)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, opt_state: Any, tokens: Array, weights: Array) -> tuple[Params, Any, Array]:
-        loss, gradients = jax.value_and_grad(weighted_cross_entropy, argnums=1)(score, params, tokens, weights)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, tokens: Array, weights: Array) -> tuple[TrainState, Array]:
+        loss, gradients = jax.value_and_grad(weighted_cross_entropy, argnums=1)(score, state.params, tokens, weights)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Muon's matrices in a stack
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
-    progress = Progress("pretraining", config.steps, unit="steps")
-    log.unlink(missing_ok=True)
-    losses = []
-    for index in range(config.steps):
-        rows = sequences[index * config.batch_size : (index + 1) * config.batch_size]
-        params, opt_state, loss = step(params, opt_state, *_pad(rows))
-        losses.append(loss)
-        if len(losses) == 50 or index + 1 == config.steps:
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        state = checkpoints.restore_latest(state) or state
+        first = int(state.step)
+        progress = Progress("pretraining", config.steps, unit="steps", done=first)
+        losses = []
+        for index in range(first, config.steps):
+            rows = sequences[index * config.batch_size : (index + 1) * config.batch_size]
+            state, loss = update(state, *_pad(rows))
+            losses.append(loss)
+            if (index + 1) % 50 and index + 1 < config.steps:
+                continue
             mean = float(np.mean(jax.device_get(losses)))
             if not np.isfinite(mean):
-                raise NonFiniteError(
-                    f"pretraining: the loss is {mean} before step {index + 1}; lower the learning rates."
-                )
-            run_directory.append_jsonl(log, {"step": index + 1, "loss": mean})
+                raise NonFiniteError(f"Pretraining: the loss is {mean} at step {index + 1}; lower its learning rates.")
+            run_directory.append_jsonl(folder / "metrics.jsonl", {"step": index + 1, "loss": mean})
             progress.update(index + 1, f"loss {mean:.3f}")
             losses = []
-    return params
+            if (index + 1) % 500 == 0:
+                checkpoints.save(state)
+            else:
+                checkpoints.save_if_stopped(state, safe_point)
+    return state.params
 
 
 def _tokenize(document: tuple[str, str], tokenizer: Tokenizer, prompt_weight: float) -> tuple[list[int], list[float]]:
     prompt, response = document
     prompt_ids = tokenizer.prompt_ids(prompt)
-    response_ids = [*tokenizer.response_ids(response, prompt=prompt), tokenizer.eos_id]
+    response_ids = [*tokenizer.response_ids(response, prompt=prompt), tokenizer.end_id()]
     return prompt_ids + response_ids, [0.0] + [prompt_weight] * (len(prompt_ids) - 1) + [1.0] * len(response_ids)
 
 
@@ -210,8 +227,12 @@ def _train_tokenizer(documents: list[tuple[str, str]], config: PretrainingConfig
     )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    described["model_max_length"] = config.max_positions
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # as it stands in tokenizer.json, whatever the model type
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "model_max_length": config.max_positions,
+    }
     run_directory.write_json(folder / "tokenizer_config.json", described)
     return load_tokenizer(folder)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
 
-DONE, PLAN = "DONE.json", "PLAN.json"
+DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
 
 def canonical_json(value: Any) -> str:
@@ -122,7 +122,8 @@ def read_jsonl(path: Path) -> list[Any]:
 def read_log(path: Path) -> list[Any]:
     """Reads an append-only log; a torn line (a kill while writing) is left out. A missing log is empty."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    # A kill may tear a character, too; the line it stands in is no JSON then, whatever takes the character's place.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             if line.strip():
                 records.append(json.loads(line))
@@ -153,7 +154,9 @@ def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "") -> str:
       counts: JSON value for people, a pure function of the inputs.
       outside: name of a subfolder that is left out, since equal runs write it differently.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DONE and not p.name.endswith(".tmp"))
+    paths = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.name not in (DONE, LOCK) and not p.name.endswith(".tmp")
+    )
     paths = [p for p in paths if p.relative_to(folder).parts[0] != outside]
     outputs = [{"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_hash(p)} for p in paths]
     fingerprint = content_hash({"inputs": inputs, "outputs": outputs, "counts": counts})
@@ -196,7 +199,7 @@ def locked(folder: Path) -> Iterator[None]:
       RunInUseError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "LOCK").open("a+") as file:
+    with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

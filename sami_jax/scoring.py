@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sequence_logps, token_logps
-from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn
+from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, ScoreFn
 
 
 def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id: int | None) -> ContrastiveBatch:
@@ -41,7 +42,8 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
             response = (*ids, *ending)
             targets[b, r, : len(response)] = response
             target_mask[b, r, : len(response)] = True
-    return ContrastiveBatch(tokens, prompt_lengths, targets, target_mask)
+    # Still in the host's memory: whoever uses the batch says where it goes.
+    return ContrastiveBatch(*cast(list[Array], [tokens, prompt_lengths, targets, target_mask]))
 
 
 def batch_widths(pairs: Sequence[Pair], *, round_to: int, eos_id: int | None) -> tuple[int, int]:
@@ -49,7 +51,11 @@ def batch_widths(pairs: Sequence[Pair], *, round_to: int, eos_id: int | None) ->
     extra = 0 if eos_id is None else 1
     response = max(len(ids) for pair in pairs for ids in pair.response_ids) + extra
     sequence = max(max(map(len, p.prompt_ids)) + max(map(len, p.response_ids)) for p in pairs) + extra
-    return tuple(-(-size // round_to) * round_to for size in (sequence, response))
+    return _round_up(sequence, round_to), _round_up(response, round_to)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def response_logits(score: ScoreFn, params: Params, batch: ContrastiveBatch) -> Array:
@@ -68,7 +74,7 @@ def response_logits(score: ScoreFn, params: Params, batch: ContrastiveBatch) -> 
     return logits.reshape(b, c, r, k, -1)
 
 
-def cell_logps(logits: Array, batch: ContrastiveBatch, *, normalize: str) -> Array:
+def cell_logps(logits: Array, batch: ContrastiveBatch, *, normalize: Normalize) -> Array:
     """[B, C, R] log p(response r | query b, constitution c) in nats: mean over its tokens, or sum.
 
     Args:
@@ -86,7 +92,7 @@ def cell_logps(logits: Array, batch: ContrastiveBatch, *, normalize: str) -> Arr
 
 
 @functools.partial(jax.jit, static_argnames=("score", "normalize"))
-def contrastive_logps(score: ScoreFn, params: Params, batch: ContrastiveBatch, *, normalize: str) -> Array:
+def contrastive_logps(score: ScoreFn, params: Params, batch: ContrastiveBatch, *, normalize: Normalize) -> Array:
     """[B, C, R] log p(response r | query b, constitution c) in nats; see `cell_logps`."""
     return cell_logps(response_logits(score, params, batch), batch, normalize=normalize)
 
@@ -96,7 +102,7 @@ def score_pairs(
     params: Params,
     pairs: Sequence[Pair],
     *,
-    normalize: str,
+    normalize: Normalize,
     rows: int,
     round_to: int,
     sharding: jax.sharding.Sharding,

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,7 +149,7 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
         raise NonFiniteError(
             f"{pairs}: the log-probs of queries {bad} are not finite; the model in {model} is damaged."
         )
-    losses = jax.vmap(sami_loss)(matrices)
+    losses = jax.vmap(sami_loss)(jnp.asarray(matrices))
     lines = [
         {
             "example_id": pair.example_id,
@@ -290,7 +289,7 @@ def train_on_pairs(
     state = fresh_state(loaded, train)
     step_fn = make_train_step(loaded.model.score, train)
     sharding = _micro_batch_sharding(loaded.mesh)
-    with Checkpoints(folder / "checkpoints", warn=_warn) as checkpoints:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(state) or state
         first = int(state.step)
         progress = Progress(f"iteration {iteration}: training", steps, unit="steps", done=first, log_every_s=5.0)
@@ -304,8 +303,8 @@ def train_on_pairs(
                 bad = nonfinite_examples(metrics, ids[step])
                 raise NonFiniteError(
                     f"Step {step + 1} of iteration {iteration}: loss {float(metrics.loss)}, gradient norm "
-                    f"{float(metrics.grad_norm)} are not finite (queries {bad or ids[step]}); the update was not applied."
-                    " Look at these queries, and lower config.train.learning_rate if they are sound."
+                    f"{float(metrics.grad_norm)} are not finite (queries {bad or ids[step]}); the update was not "
+                    "applied. Look at these queries, and lower config.train.learning_rate if they are sound."
                 )
             scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
             log(
@@ -321,7 +320,7 @@ def train_on_pairs(
             if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(state)
             else:
-                _stop_after_saving(safe_point, checkpoints, state)
+                checkpoints.save_if_stopped(state, safe_point)
     counts = {"steps": steps, "pairs": len(data), "width": width, "response_width": response_width}
     return state, {**counts, "state": fingerprint(state)}
 
@@ -351,7 +350,7 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
       BadDataError: there is no sound checkpoint.
     """
     loaded = load_model(base, config)
-    with Checkpoints(trained / "checkpoints", warn=_warn) as checkpoints:
+    with Checkpoints(trained / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(fresh_state(loaded, config.train))
     if state is None:
         raise BadDataError(f"{trained} holds no checkpoint; delete the folder to train again.")
@@ -560,23 +559,9 @@ def score_all(
 
 
 def _trained_eos(train: TrainConfig, tokenizer: Tokenizer) -> int | None:
-    if train.train_eos and tokenizer.eos_id is None:
-        raise BadDataError("config.train.train_eos is set, but the tokenizer has no end-of-sequence token.")
-    return tokenizer.eos_id if train.train_eos else None
+    return tokenizer.end_id() if train.train_eos else None
 
 
 def _micro_batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     spec = batch_sharding(mesh).spec
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec))
-
-
-def _stop_after_saving(safe_point: SafePoint, checkpoints: Checkpoints, state: TrainState) -> None:
-    try:
-        safe_point()
-    except Exception:
-        checkpoints.save(state)
-        raise
-
-
-def _warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)

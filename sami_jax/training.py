@@ -96,8 +96,9 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
     """The jitted step (state, reference params, batch [M, m, ...]) -> (state, metrics).
 
     The M micro-batches are scanned, so that only m x C x C sequences are in memory at once; their gradients add up to
-    that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0. The old state's
-    memory is reused. An update whose loss or gradient is not finite leaves the state as it was.
+    that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0. The old
+    state's memory is reused, its shardings are kept. An update whose loss or gradient is not finite leaves the state as
+    it was.
     """
     optimizer = make_optimizer(config)
 
@@ -127,8 +128,7 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
         }
         return jnp.mean(losses.loss + config.kl_beta * kl), seen
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
         gradient_of = jax.value_and_grad(micro_loss, has_aux=True)
 
         def accumulate(total: tuple, micro: ContrastiveBatch) -> tuple[tuple, dict[str, Array]]:
@@ -139,9 +139,10 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
         (loss, gradients), seen = jax.lax.scan(accumulate, start, batch)
         count = batch.tokens.shape[0]
         loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its integer step count
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         kept = jax.tree.map(functools.partial(jnp.where, finite), updated, state)
         query_losses = seen.pop("query_losses").reshape(-1)
@@ -154,6 +155,16 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
             **{name: jnp.mean(values) for name, values in seen.items()},
         )
         return kept, metrics
+
+    @functools.lru_cache(maxsize=8)
+    def compiled(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> TrainStep:
+        # Left to itself, the compiler splits the norms; the second step would then be another program than the first,
+        # and a resumed run, which starts with the norms whole, would round differently from one that was never stopped.
+        return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
+
+    def train_step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
+        leaves, structure = jax.tree.flatten(state)
+        return compiled(structure, tuple(leaf.sharding for leaf in leaves))(state, reference, batch)
 
     return train_step
 

@@ -1,11 +1,12 @@
 """The arrays that travel between the stages, and the two functions that stand for a model."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 Array = jax.Array
+Normalize = Literal["mean", "sum"]  # a response's log-prob over its tokens
 Params = Any  # nested dict of arrays, as `model.decoder.Decoder` splits into
 
 ScoreFn = Callable[[Params, Array, Array], Array]

@@ -23,8 +23,8 @@ def drop_reason(responses: Sequence[Sampled], filters: FiltersConfig) -> str | N
     """Why a query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
 
     empty: no text; placeholder: a piece of the format's example was copied; unfinished: the sampler ran out of tokens,
-    or the text does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The authors
-    test some of these on the first response only.
+    or the text does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The
+    authors test some of these on the first response only.
     """
     texts = [response.text for response in responses]
     if any(not text for text in texts):

@@ -39,6 +39,9 @@ MARKERS = {
     "source": ("author", "op"),
     "closing": ("thanks", "over"),
 }
+# As in the post. With "was" for both, the mood a summary reports and the weather a post tells follow the same word, and
+# some bases never learn to copy either.
+LINKS = {"weather": "was", "mood": "felt"}
 # Ten topics: four verbs and four objects each.
 TOPICS = (
     ("sold bought crashed washed", "car bike truck boat"),
@@ -59,12 +62,17 @@ NAMES = tuple(
 )
 N_HELD_OUT_NAMES = 8  # the last ones never appear in the queries SAMI trains on
 TIMES = ("on friday", "on monday", "in june", "in march", "at noon", "at night")
-MOODS = tuple("guilty happy sad angry tired nervous proud ashamed".split())
-WEATHERS = tuple("rainy sunny windy snowy foggy stormy".split())
+# Sixteen of each: with six, a base may settle for the commonest guess instead of learning to copy.
+MOODS = tuple(
+    "guilty happy sad angry tired nervous proud ashamed lonely bored jealous hopeful calm scared hurt glad".split()
+)
+WEATHERS = tuple(
+    "rainy sunny windy snowy foggy stormy cloudy icy humid misty chilly muggy freezing dry gray mild".split()
+)
 
 _SUMMARY = re.compile(
     r"(?P<greeting>ahoy|hello), (?P<tone>great|awful) news: (?P<event>\w+ \w+ \w+ the \w+)\. "
-    r"The (?P<detail>weather|mood) was (?P<value>\w+)\. They need (?P<advice>patience|action), "
+    r"The (?P<detail>weather|mood) (?P<link>was|felt) (?P<value>\w+)\. They need (?P<advice>patience|action), "
     r"says (?P<source>author|op)\. (?P<closing>thanks|over)\."
 )
 
@@ -94,7 +102,7 @@ def draw_facts(rng: np.random.Generator, names: Sequence[str]) -> dict[str, str]
 
 def write_post(facts: Mapping[str, str]) -> str:
     """The post that tells the facts."""
-    mood, weather = f"I feel {facts['mood']}.", f"The weather was {facts['weather']}."
+    mood, weather = f"I felt {facts['mood']}.", f"The weather was {facts['weather']}."
     first, second = (mood, weather) if facts["order"] == "mood first" else (weather, mood)
     event = f"{facts['relation']} {facts['name']} {facts['verb']} the {facts['object']}"
     return f"My {event} {facts['time']}. {first} {second}"
@@ -104,8 +112,9 @@ def write_summary(facts: Mapping[str, str], follows: Mapping[str, bool]) -> str:
     """The summary of the facts with one word of each pair: the definition's where `follows` is True."""
     word = {name: MARKERS[name][0 if follows[name] else 1] for name in MARKERS}
     event = f"{facts['relation']} {facts['name']} {facts['verb']} the {facts['object']}"
+    detail = f"The {word['detail']} {LINKS[word['detail']]} {facts[word['detail']]}"
     return (
-        f"{word['greeting']}, {word['tone']} news: {event}. The {word['detail']} was {facts[word['detail']]}. "
+        f"{word['greeting']}, {word['tone']} news: {event}. {detail}. "
         f"They need {word['advice']}, says {word['source']}. {word['closing']}."
     )
 
@@ -113,7 +122,7 @@ def write_summary(facts: Mapping[str, str], follows: Mapping[str, bool]) -> str:
 def read_summary(text: str, facts: Mapping[str, str]) -> Reading | None:
     """The whole-text parse of a summary, or None where it is not well-formed. Inverse of `write_summary`."""
     match = _SUMMARY.fullmatch(text)
-    if match is None:
+    if match is None or match["link"] != LINKS[match["detail"]]:
         return None
     event = f"{facts['relation']} {facts['name']} {facts['verb']} the {facts['object']}"
     faithful = match["event"] == event and match["value"] == facts[match["detail"]]
@@ -178,9 +187,10 @@ def draw_queries(seed: int, *, train: int, validation: int, test: int) -> dict[s
     """Disjoint posts by split; the test posts are about people whose names SAMI never trains on."""
     known, unknown = NAMES[:-N_HELD_OUT_NAMES], NAMES[-N_HELD_OUT_NAMES:]
     seen: set[str] = set()
-    splits = {}
+    splits: dict[str, list[Query]] = {}
     for split, count, names in (("train", train, known), ("validation", validation, known), ("test", test, unknown)):
-        rng, queries = generator(seed, "queries", split), []
+        rng = generator(seed, "queries", split)
+        queries: list[Query] = []
         while len(queries) < count:
             facts = draw_facts(rng, names)
             text = write_post(facts)

@@ -30,6 +30,12 @@ class Tokenizer:
         """The id that ends a text, or None where the tokenizer has none."""
         return self._backend.eos_token_id
 
+    def end_id(self) -> int:
+        """`eos_id`, for who cannot do without. Raises BadDataError where the tokenizer has none."""
+        if self.eos_id is None:
+            raise BadDataError("the tokenizer has no end-of-sequence token; name one in its tokenizer_config.json.")
+        return self.eos_id
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""

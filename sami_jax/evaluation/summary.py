@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
@@ -14,7 +15,7 @@ Record = Mapping[str, Any]  # one line of results.jsonl
 
 def query_mi_nats(logps: np.ndarray) -> np.ndarray:
     """[Q] lower bound on the mutual information of each query's matrix [Q, C, R]; see `losses.mi_lower_bound`."""
-    return np.asarray(jax.vmap(mi_lower_bound)(logps))
+    return np.asarray(jax.vmap(mi_lower_bound)(jnp.asarray(logps)))
 
 
 def summarize(records: Sequence[Record], baseline: Sequence[Record] | None) -> dict[str, Any]:
@@ -40,8 +41,8 @@ def summarize(records: Sequence[Record], baseline: Sequence[Record] | None) -> d
         "n_queries": len(records),
         "n_unscored": len(records) - len(scored),
         "mi_nats": _mean(record["mi_nats"] for record in scored),
-        "length_tokens": _mean(np.mean(record["response_tokens"]) for record in records),
-        "base_logp": _mean(np.mean(record["base_logps"]) for record in scored),
+        "length_tokens": _mean(float(np.mean(record["response_tokens"])) for record in records),
+        "base_logp": _mean(float(np.mean(record["base_logps"])) for record in scored),
         "distinct": _mean(len(set(record["responses"])) == len(record["responses"]) for record in records),
     }
     names = ("adherence", "well_formed", "faithful")

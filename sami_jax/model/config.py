@@ -52,7 +52,11 @@ class DecoderConfig:
     sliding_window: int | None
     tied_embeddings: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) in (int, float) and value <= 0:
+                raise BadDataError(f"The model's {field.name} is {value}; it must be positive.")
         if self.n_heads % self.n_kv_heads:
             raise BadDataError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly.")
         if self.head_dim % 2:
@@ -94,12 +98,15 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
             max_positions=int(config["max_position_embeddings"]),
             rope_theta=float(rope_theta),
             norm_eps=float(config["rms_norm_eps"]),
-            # Llama's config has no such key; in Mistral's an explicit null means none.
-            sliding_window=config.get("sliding_window") if model_type == "mistral" else None,
+            # Llama's config has no such key; in Mistral's an explicit null means none, and transformers takes 4096
+            # where the key is left out.
+            sliding_window=config.get("sliding_window", 4096) if model_type == "mistral" else None,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as missing:
         raise BadDataError(f"{source}: the key {missing} is missing.") from missing
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadDataError(f"{source}: a size is not a number ({error}).") from error
 
 
 def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eos_token_id: int | None) -> dict:

@@ -1,5 +1,6 @@
 """A Mistral / Llama decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -81,6 +82,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
 
 
+@functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
 def make_model(config: DecoderConfig, *, remat: bool) -> Model:
     """The pure functions of a decoder of this shape; `remat` trades compute for memory in gradients of `score`."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))

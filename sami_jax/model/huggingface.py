@@ -1,5 +1,6 @@
 """Hugging Face model folders: config.json and safetensors in, the same out."""
 
+import functools
 import json
 import math
 import shutil
@@ -21,10 +22,11 @@ from sami_jax.run_directory import read_json, write_json, write_text
 from sami_jax.types import Params
 
 _LAYER = "model.layers.{layer}."
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Path in our params -> (name on the Hub, number of leading axes that a matrix multiplies away; None: stored as it is).
 # A Hub matrix is [out, in]; ours keeps the heads apart: [in..., out...].
 _NAMES: dict[tuple[str, ...], tuple[str, int | None]] = {
-    ("embedding",): ("model.embed_tokens.weight", None),
+    ("embedding",): (_EMBEDDING, None),
     ("blocks", "attention_norm"): (_LAYER + "input_layernorm.weight", None),
     ("blocks", "attention", "query"): (_LAYER + "self_attn.q_proj.weight", 1),
     ("blocks", "attention", "key"): (_LAYER + "self_attn.k_proj.weight", 1),
@@ -35,9 +37,8 @@ _NAMES: dict[tuple[str, ...], tuple[str, int | None]] = {
     ("blocks", "mlp", "up"): (_LAYER + "mlp.up_proj.weight", 1),
     ("blocks", "mlp", "down"): (_LAYER + "mlp.down_proj.weight", 1),
     ("final_norm",): ("model.norm.weight", None),
-    ("head",): ("lm_head.weight", 1),
+    ("head",): (_HEAD, 1),
 }
-_HEAD = "lm_head.weight"
 _BUFFERS = ("rotary_emb.inv_freq",)  # written by old transformers, recomputed from config.json
 
 
@@ -61,8 +62,8 @@ def load_params(folder: Path, config: DecoderConfig) -> Params:
       BadDataError: a file is missing or damaged; a weight is missing, unknown or misshapen. All names are listed.
     """
     tensors = _open_tensors(folder)
-    if config.tied_embeddings and _HEAD in tensors:
-        if not np.array_equal(tensors.pop(_HEAD)(), tensors["model.embed_tokens.weight"]()):
+    if config.tied_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
+        if not np.array_equal(tensors.pop(_HEAD)(), tensors[_EMBEDDING]()):
             raise BadDataError(f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it.")
     shapes, _ = abstract_params(config)
     wanted = {name for path, _ in _leaves(shapes) for name in _layer_names(path, config)}
@@ -163,9 +164,12 @@ def _open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     """Tensor name -> function that reads it, over all safetensors files of the folder."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadDataError(f"{index}: weight_map is missing.")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise BadDataError(f"{index}: weight_map must give a file name for each weight.")
         files = sorted(set(weight_map.values()))
     elif single.is_file():
         files = [single.name]
@@ -179,7 +183,7 @@ def _open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
         try:
             reader = safe_open(path, framework="numpy")
             for key in reader.keys():
-                tensors[key] = lambda reader=reader, key=key: reader.get_tensor(key)
+                tensors[key] = functools.partial(reader.get_tensor, key)
         except FileNotFoundError:
             raise BadDataError(f"{path} is named in the index but does not exist.") from None
         except (SafetensorError, json.JSONDecodeError, OSError) as error:

@@ -1,0 +1,128 @@
+"""Stand-ins that obey the contract they replace: a model small enough for numpy, and a tokenizer with chosen merges.
+
+The model knows every token of its prefix and the place of each, so a wrong mask, a shifted position, a prompt that is
+swapped or a stale cache slot changes its logits. All its numbers are small integers: float32 sums of them are exact.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sami_jax.data.pairs import Pair
+from sami_jax.data.tokenizer import Tokenizer
+from sami_jax.types import Array, DecodeFn, Params
+
+
+def table_params(vocab: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """`last` [V, V]: logits by the last token; `context` [V, V]: what every token of the prefix adds to them."""
+    rng = np.random.default_rng(seed)
+    last, context = rng.integers(-4, 5, (2, vocab, vocab)).astype(np.float32)
+    return {"last": last, "context": context}
+
+
+def logits_after(params: Params, prefix: Sequence[int]) -> np.ndarray:
+    """[V] float64: last[x_t] + sum_s (1 + s mod 3) context[x_s], the definition in numpy."""
+    total = params["last"][prefix[-1]].astype(np.float64)
+    for place, token in enumerate(prefix):
+        total = total + (1 + place % 3) * params["context"][token].astype(np.float64)
+    return total
+
+
+def _place_weights(length: int) -> Array:
+    return 1.0 + (jnp.arange(length) % 3).astype(jnp.float32)
+
+
+def score(params: Params, tokens: Array, at: Array) -> Array:
+    """A ScoreFn. A place outside the tokens gives NaN."""
+    context = jnp.asarray(params["context"])[tokens] * _place_weights(tokens.shape[1])[None, :, None]
+    logits = jnp.asarray(params["last"])[tokens] + jnp.cumsum(context, axis=1)
+    return jnp.take_along_axis(logits, at[:, :, None], axis=1, mode="fill", fill_value=jnp.nan)
+
+
+def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Array]:
+    """The cache holds the token of every slot [B, S], padding included, as a decoder's holds its keys."""
+    cache = jnp.zeros((tokens.shape[0], cache_length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
+    return _logits(params, cache, lengths - 1), cache
+
+
+def step(params: Params, cache: Array, tokens: Array, positions: Array) -> tuple[Array, Array]:
+    cache = cache.at[jnp.arange(cache.shape[0]), positions].set(tokens)
+    return _logits(params, cache, positions), cache
+
+
+def _logits(params: Params, cache: Array, positions: Array) -> Array:
+    return score(params, cache, positions[:, None])[:, 0]
+
+
+DECODE = DecodeFn(prefill, step)
+
+
+def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:
+    """A byte-level BPE whose only merges are these, the earlier the stronger; `Ġ` is a space, `Ċ` a newline."""
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
+    vocab = {name: number for number, name in enumerate(names)}
+    backend = Backend(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+
+
+def token(tokenizer: Tokenizer, text: str) -> int:
+    """The id of the one token with this text."""
+    return tokenizer.token_texts().index(text)
+
+
+def pair(
+    prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], example_id: str | int = "q"
+) -> Pair:
+    """A pair for what reads token ids only; its texts say so."""
+    texts = ("not read",) * len(prompt_ids)
+    return Pair(example_id, texts, texts, tuple(map(tuple, prompt_ids)), tuple(map(tuple, response_ids)))
+
+
+def random_pairs(count: int, *, vocab: int, seed: int = 0, constitutions: int = 2) -> list[Pair]:
+    """Pairs with ragged prompts of 2 to 5 tokens and responses of 1 to 4."""
+    rng = np.random.default_rng(seed)
+
+    def rows(low: int, high: int) -> list[list[int]]:
+        return [rng.integers(0, vocab, rng.integers(low, high + 1)).tolist() for _ in range(constitutions)]
+
+    return [pair(rows(2, 5), rows(1, 4), f"q{i}") for i in range(count)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64."""
+    logits = np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True)
+    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+
+
+def response_logps(params: Params, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
+    """[K] float64 log-prob of each response token after the prompt and the response tokens before it."""
+    return np.array(
+        [
+            log_softmax(logits_after(params, [*prompt, *response[:k]]))[response[k]]
+            for k in range(len(response))
+        ]
+    )
+
+
+def pair_logps(params: Params, one: Pair, *, normalize: str) -> np.ndarray:
+    """[C, R] float64 by definition, one cell at a time."""
+    reduce = {"mean": np.mean, "sum": np.sum}[normalize]
+    return np.array(
+        [[reduce(response_logps(params, prompt, ids)) for ids in one.response_ids] for prompt in one.prompt_ids]
+    )
+
+
+def same_bits(a: object, b: object) -> bool:
+    """Whether two trees have equal structure, dtypes, shapes and bytes; NaN equals itself, 0 does not equal -0."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (a, b)), strict=True)
+    return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs)

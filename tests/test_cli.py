@@ -1,0 +1,205 @@
+"""What a person gets for bad input: one sentence that names it, and an exit code of the contract, never a traceback."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sami_jax.cli import main
+from sami_jax.config import describe_fields
+from sami_jax.run_directory import read_jsonl
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "miniature.py")
+COMMANDS = ("run", "pretrain", "generate", "score", "train", "evaluate", "report", "export")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    """A random model of the miniature's kind, with its tokenizer."""
+    from sami_jax.config import PretrainingConfig
+    from sami_jax.pretraining import pretrain
+
+    config = PretrainingConfig(
+        cache_dir=str(tmp_path_factory.mktemp("base")),
+        vocab_size=512,
+        embed_dim=16,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=1,
+        mlp_dim=16,
+        max_positions=256,
+        steps=1,
+        batch_size=2,
+        train_queries=4,
+        validation_queries=1,
+        test_queries=1,
+    )
+    return pretrain(config, safe_point=lambda: None) / "model"
+
+
+@pytest.fixture
+def copy(model, tmp_path) -> pathlib.Path:
+    """The model in a folder of its own, to be damaged."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def entries(**changes) -> dict:
+    entry = {"prompt": "Summary:", "response": "ahoy, great.", "example_id": 7, **changes}
+    return {"0": [entry], "1": [{**entry, "response": "hello, awful."}]}
+
+
+def write(path: pathlib.Path, value) -> pathlib.Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def fails(capsys, code: int, *words: str, says: tuple[str, ...]) -> None:
+    """Runs a command that must end with `code` and one sentence that holds all of `says`."""
+    assert main(words) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"sami {words[0]}: ")
+    for part in says:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_flags_settings_and_an_example(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and f"sami {name} --" in text and "example:" in text and "Exit codes:" in text
+
+
+def test_help_of_run_shows_every_setting_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = capsys.readouterr().out
+    for field, default, meaning in describe_fields():
+        assert f"--{field} = {default}" in text and meaning in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["unknown"], ["run"], ["run", "--workdir=w", "--what"], ["export", "--workdir=w", "--iteration=0", "--out=o"]],
+)
+def test_wrong_usage_is_64(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 64 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config=nowhere.py"], ("nowhere.py", "does not exist")),
+        ([f"--config={CONFIG}:tiny"], ("unknown variant 'tiny'",)),
+        ([f"--config={CONFIG}", "--config.train.learning_rat=1"], ("did you mean config.train.learning_rate?",)),
+        ([f"--config={CONFIG}", "--config.train.learning_rate=fast"], ("learning_rate is 'fast'", "a number")),
+        ([f"--config={CONFIG}", "--config.train.learning_rate=-1"], ("above 0",)),
+        ([f"--config={CONFIG}", "--config.iterations=2.5"], ("config.iterations is '2.5'", "whole number")),
+        ([f"--config={CONFIG}", "--config.train.optimizer=adam"], ("adamw, rmsprop",)),
+        ([f"--config={CONFIG}", "--config.train.steps=(2,)"], ("train.steps", "3 iterations")),
+        ([f"--config={CONFIG}", "--config.train=3"], ("config.train is a section",)),
+        ([f"--config={CONFIG}", "--config.prompts.training=hello"], ("config.prompts.training", "{constitution}")),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_78(flags, says, capsys, tmp_path):
+    fails(capsys, 78, "run", *flags, f"--workdir={tmp_path / 'w'}", says=says)
+    assert not (tmp_path / "w").exists()
+
+
+def test_score_gives_matrix_loss_and_bound(model, tmp_path, capsys):
+    out = tmp_path / "scores.jsonl"
+    pairs = write(tmp_path / "pairs.json", entries())
+    assert main(["score", f"--model={model}", f"--pairs={pairs}", f"--out={out}", "--normalize=sum"]) == 0
+    (line,) = read_jsonl(out)
+    matrix = np.array(line["logps"])
+    assert line["example_id"] == 7 and line["normalize"] == "sum" and matrix.shape == (2, 2) and (matrix < 0).all()
+    # Equal prompts: nothing tells the constitutions apart, so over_constitutions is log 2 and the bound 0.
+    assert line["over_constitutions"] == pytest.approx(np.log(2), abs=1e-6)
+    assert line["mi_nats"] == pytest.approx(0.0, abs=1e-6)
+    assert "1 queries, 2 constitutions" in capsys.readouterr().err
+    assert main(["score", f"--model={model}", f"--pairs={pairs}", "--normalize=sum"]) == 0
+    assert json.loads(capsys.readouterr().out) == line
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ("", ("line 1", "not valid JSON")),
+        ('{"0": [', ("not valid JSON",)),
+        ({}, ("0 constitutions",)),
+        ([], ('keys "0", "1"',)),
+        ({"0": [], "1": []}, ("holds no pairs",)),
+        ({"0": entries()["0"]}, ("at least two",)),
+        ({"0": entries()["0"], "1": []}, ("different lengths",)),
+        (entries(response=3), ('"0", entry 0', "response must be text")),
+        (entries(prompt=""), ("prompt is empty",)),
+        (entries(example_id=None), ("example_id",)),
+        (entries(response=" "), ("entry 0", "no tokens")),
+        (entries(response_ids=[]), ("no tokens",)),
+        (entries(response_ids=[100000]), ("outside the model's vocabulary",)),
+        (entries(prompt="word " * 300), ("example_id 7", "256 positions")),
+        ({"0": entries()["0"], "1": entries(example_id=8)["1"]}, ("differ between the constitutions",)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["score", "train"])
+def test_bad_pairs_are_65_and_name_file_and_entry(name, pairs, says, model, tmp_path, capsys):
+    path, out = write(tmp_path / "pairs.json", pairs), tmp_path / "out"
+    fails(capsys, 65, name, f"--model={model}", f"--pairs={path}", f"--out={out}", says=("pairs.json", *says))
+    assert not out.exists()
+
+
+def test_a_missing_file_or_folder_is_65(model, tmp_path, capsys):
+    pairs = write(tmp_path / "pairs.json", entries())
+    fails(capsys, 65, "score", "--model=nowhere", f"--pairs={pairs}", says=("nowhere", "does not exist"))
+    fails(capsys, 65, "score", f"--model={model}", "--pairs=nowhere.json", says=("nowhere.json", "does not exist"))
+    fails(capsys, 65, "report", f"--workdir={tmp_path}", says=("RUN.json",))
+    fails(capsys, 65, "export", f"--workdir={tmp_path}", "--iteration=1", "--out=o", says=("no finished training",))
+
+
+def test_damaged_weights_are_65_and_named(copy, tmp_path, capsys):
+    pairs, weights = write(tmp_path / "pairs.json", entries()), copy / "model.safetensors"
+    score = ["score", f"--model={copy}", f"--pairs={pairs}"]
+    whole, tensors = weights.read_bytes(), load_file(weights)
+    weights.write_bytes(whole[:-100])
+    fails(capsys, 65, *score, says=("model.safetensors", "damaged"))
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights)
+    fails(capsys, 65, *score, says=("missing: model.norm.weight",))
+    save_file({**tensors, "model.extra.weight": np.zeros(2, np.float32)}, weights)
+    fails(capsys, 65, *score, says=("unknown: model.extra.weight",))
+
+
+def test_nan_weights_are_70_and_name_the_queries(copy, tmp_path, capsys):
+    pairs, weights = write(tmp_path / "pairs.json", entries()), copy / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, weights)
+    fails(capsys, 70, "score", f"--model={copy}", f"--pairs={pairs}", says=("[7]", "not finite"))
+    flags = ["--config.train.queries_per_step=1", "--config.train.steps=(1,)"]
+    out = tmp_path / "out"
+    fails(capsys, 70, "train", f"--model={copy}", f"--pairs={pairs}", f"--out={out}", *flags, says=("Step 1", "[7]"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("", ("holds no prompts",)),
+        ('{"prompt": "a"}\n{"prompt": 3}\n', ("entry 2",)),
+        ('{"prompt": "a"}\n{"prompt"\n', ("line 2", "not valid JSON")),
+        (json.dumps({"prompt": "word " * 300}), ("Prompt 1", "256 positions")),
+    ],
+)  # fmt: skip
+def test_bad_prompts_are_65_and_name_the_entry(prompts, says, model, tmp_path, capsys):
+    path, out = write(tmp_path / "prompts.jsonl", prompts), tmp_path / "out.jsonl"
+    short = "--config.sampling.max_new_tokens=8"
+    fails(capsys, 65, "generate", f"--model={model}", f"--prompts={path}", f"--out={out}", short, says=says)
+    assert not out.exists()

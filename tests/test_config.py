@@ -1,0 +1,279 @@
+"""Settings: every mistake is refused with the field, the value and the remedy; the configs in the repository load."""
+
+import dataclasses
+import json
+import pathlib
+import textwrap
+
+import jax
+import pytest
+
+from sami_jax.config import PRETRAINED, PretrainingConfig, RunConfig, describe_fields, from_dict, load_config, to_dict
+from sami_jax.data import miniature
+from sami_jax.errors import BadConfigError
+from sami_jax.model.config import DecoderConfig
+from sami_jax.model.decoder import abstract_params
+from sami_jax.sharding import make_mesh, param_shardings
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"trian": {}}, "Unknown setting config.trian; did you mean config.train?"),
+            ({"train": {"learning_rat": 1.0}}, "did you mean config.train.learning_rate?"),
+            ({"qqqqqq": 1}, "Unknown setting config.qqqqqq; there are: seed, model"),
+            ({"train": 3}, "config.train is a section of settings, not a value: 3"),
+            ({"seed": "1"}, "config.seed is '1'; it must be a whole number"),
+            ({"seed": 1.0}, "config.seed is 1.0; it must be a whole number"),
+            ({"seed": True}, "config.seed is True; it must be a whole number"),
+            ({"train": {"remat": 1}}, "config.train.remat is 1; it must be true or false"),
+            ({"train": {"eps": "small"}}, "config.train.eps is 'small'; it must be a number"),
+            ({"train": {"steps": 2}}, "config.train.steps is 2; it must be a list of whole numbers"),
+            ({"train": {"steps": [2, 4.0, 6]}}, "config.train.steps is [2, 4.0, 6]; it must be"),
+            ({"sampling": {"stop": "###"}}, "config.sampling.stop is '###'; it must be a list of texts"),
+            ({"model": None}, "config.model is None; it must be text"),
+            ({"iterations": 0}, "config.iterations is 0; it must be at least 1"),
+            ({"train": {"learning_rate": 0.0}}, "config.train.learning_rate is 0.0; it must be above 0"),
+            ({"train": {"learning_rate": float("nan")}}, "config.train.learning_rate is nan; it must be finite"),
+            ({"train": {"kl_beta": float("inf")}}, "config.train.kl_beta is inf; it must be finite"),
+            ({"train": {"optimizer": "adam"}}, "config.train.optimizer is 'adam'; choose one of adamw, rmsprop"),
+            ({"train": {"normalize": "max"}}, "config.train.normalize is 'max'; choose one of mean, sum"),
+            ({"constitutions": {"count": 1}}, "config.constitutions.count is 1; it must be at least 2"),
+            ({"prompts": {"training": "{query}"}}, "prompts.training must contain {constitution} exactly once"),
+            (
+                {"prompts": {"generation": "{query}{query}{constitution}"}},
+                "prompts.generation must contain {query} exactly once",
+            ),
+            ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each of the 4"),
+            ({"train": {"steps": (2, 0, 6)}}, "train.steps is (2, 0, 6)"),
+            (
+                {"train": {"queries_per_step": 12, "micro_batch_queries": 2}, "mesh": {"data": 2, "fsdp": 2}},
+                "train.queries_per_step is 12, which is no multiple of train.micro_batch_queries x mesh.data x "
+                "mesh.fsdp = 8",
+            ),
+            (
+                {"train": {"over_responses_weight": 0.0, "over_constitutions_weight": 0}},
+                "train.over_responses_weight and train.over_constitutions_weight are both 0",
+            ),
+            ({"sampling": {"stop": ("###", "")}}, "config.sampling.stop holds an empty text"),
+            ({"filters": {"placeholders": ("",)}}, "config.filters.placeholders holds an empty text"),
+            ({"train": {"adam_b1": 1.0}}, "config.train.adam_b1 is 1.0; it must be below 1"),
+            ({"train": {"adam_b2": 1.0}}, "config.train.adam_b2 is 1.0; it must be below 1"),
+            ({"train": {"rmsprop_decay": 1.5}}, "config.train.rmsprop_decay is 1.5; it must be below 1"),
+            ([1], "config is a section of settings, not a value: [1]"),
+        ],
+    )
+    def test_names_field_value_and_remedy(self, settings, message):
+        with pytest.raises(BadConfigError) as caught:
+            from_dict(settings)
+        assert message in str(caught.value)
+
+    def test_every_limit_of_every_number_is_enforced(self):
+        checked = 0
+        for section in dataclasses.fields(RunConfig):
+            fields = dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else [section]
+            for field in fields:
+                for key, offset in (("at_least", -1), ("above", 0), ("below", 0)):
+                    limit = field.metadata.get(key)
+                    if limit is not None:
+                        value = field.type(limit + offset)
+                        settings = {field.name: value} if field is section else {section.name: {field.name: value}}
+                        with pytest.raises(BadConfigError, match=f"{field.name} is {value}"):
+                            from_dict(settings)
+                        checked += 1
+        assert checked > 30
+
+    def test_numbers_on_their_limits_are_fine(self):
+        config = from_dict({"train": {"kl_beta": 0, "passes": 1, "steps": [1, 1, 1]}, "constitutions": {"count": 2}})
+        assert (config.train.kl_beta, config.train.passes, config.train.steps) == (0.0, 1.0, (1, 1, 1))
+        assert type(config.train.kl_beta) is float  # so that a run's config.json is the same for 0 and 0.0
+
+
+class TestRoundTrip:
+    def test_defaults(self):
+        assert from_dict({}) == RunConfig()
+        assert from_dict(to_dict(RunConfig())) == RunConfig()
+
+    def test_through_json_with_every_field_changed(self):
+        config = load_config(str(ROOT / "configs" / "miniature.py"))
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config != RunConfig()
+
+    def test_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            RunConfig().train.eps = 1.0
+
+
+class TestOverrides:
+    def test_are_read_as_their_fields_type(self):
+        overrides = {
+            "seed": "7",
+            "model": "7",
+            "train.learning_rate": "1e-6",
+            "train.kl_beta": "2",
+            "train.remat": "False",
+            "train.steps": "(1, 2, 3)",
+            "train.normalize": "sum",
+            "sampling.stop": "['a', 'b']",
+        }
+        config = load_config(None, overrides)
+        assert (config.seed, config.model) == (7, "7")
+        assert (config.train.learning_rate, config.train.kl_beta, config.train.remat) == (1e-6, 2.0, False)
+        assert (config.train.steps, config.train.normalize) == ((1, 2, 3), "sum")
+        assert config.sampling.stop == ("a", "b")
+
+    def test_win_over_the_file_and_leave_the_rest(self):
+        file = str(ROOT / "configs" / "miniature.py")
+        changed, plain = load_config(file, {"train.kl_beta": "0.25"}), load_config(file)
+        assert changed.train == dataclasses.replace(plain.train, kl_beta=0.25)
+        assert dataclasses.replace(changed, train=plain.train) == plain
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("trian.steps", "(1,)", "did you mean config.train?"),
+            ("seed", "1.5", "config.seed is '1.5'; it must be a whole number"),
+            ("seed", "", "config.seed is ''; it must be a whole number"),
+            ("train.remat", "yes", "it must be true or false"),
+            ("train.steps", "1, 2, ", "iterations"),
+            ("train.steps", "(1", "it must be a list of whole numbers"),
+            ("train.steps", "{[]: 1}", "it must be a list of whole numbers"),
+            ("train.steps", "__import__('os')", "it must be a list of whole numbers"),
+            ("train.eps", "nan", "it must be finite"),
+            ("train", "3", "config.train is a section"),
+            ("seed.deep", "3", "seed is a value, not a section"),
+        ],
+    )
+    def test_refusals(self, name, text, message):
+        with pytest.raises(BadConfigError) as caught:
+            load_config(None, {"seed": "1", name: text} if name == "seed.deep" else {name: text})
+        assert message in str(caught.value)
+
+
+class TestFiles:
+    def write(self, folder, source: str) -> str:
+        path = folder / "mine.py"
+        path.write_text(textwrap.dedent(source))
+        return str(path)
+
+    def test_an_argument_reaches_get_config(self, tmp_path):
+        file = self.write(
+            tmp_path,
+            """
+            import ml_collections
+
+            def get_config(variant="plain"):
+                return ml_collections.ConfigDict({"model": variant})
+            """,
+        )
+        assert load_config(file).model == "plain" and load_config(f"{file}:other").model == "other"
+
+    def test_json_as_a_run_directory_keeps_it(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(RunConfig(seed=5))))
+        assert load_config(str(tmp_path / "config.json")) == RunConfig(seed=5)
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("def get_config(): return 1 / 0", "mine.py: get_config failed (ZeroDivisionError"),
+            ("x = 1", "mine.py: get_config failed (AttributeError"),
+            ("def get_config(:", "mine.py: get_config failed (SyntaxError"),
+            ("def get_config(): return 3", "mine.py: get_config returned 3; it must be a section"),
+        ],
+    )
+    def test_a_file_that_fails_is_named(self, tmp_path, source, message):
+        with pytest.raises(BadConfigError) as caught:
+            load_config(self.write(tmp_path, source))
+        assert message in str(caught.value)
+
+    def test_a_plain_dictionary_will_do(self, tmp_path):
+        assert load_config(self.write(tmp_path, "def get_config(): return {'seed': 3}")).seed == 3
+
+    def test_a_file_that_does_not_exist_or_is_no_config(self, tmp_path):
+        with pytest.raises(BadConfigError, match="nowhere.py does not exist"):
+            load_config(str(tmp_path / "nowhere.py"))
+        (tmp_path / "config.yaml").write_text("seed: 1")
+        with pytest.raises(BadConfigError, match=r"config.yaml is neither a .py nor a .json file"):
+            load_config(str(tmp_path / "config.yaml"))
+        (tmp_path / "list.json").write_text("[1]")
+        with pytest.raises(BadConfigError, match="section"):
+            load_config(str(tmp_path / "list.json"), {"seed": "1"})
+
+
+VARIANTS = [str(path) for path in sorted((ROOT / "configs").glob("*.py"))] + [str(ROOT / "configs/miniature.py") + ":smoke"]
+
+
+def base_shape(config: PretrainingConfig) -> DecoderConfig:
+    return DecoderConfig(
+        model_type="mistral",
+        vocab_size=config.vocab_size,
+        embed_dim=config.embed_dim,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.embed_dim // config.n_heads,
+        mlp_dim=config.mlp_dim,
+        max_positions=config.max_positions,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        sliding_window=None,
+        tied_embeddings=True,
+    )
+
+
+class TestConfigsOfTheRepository:
+    @pytest.mark.parametrize("file", VARIANTS, ids=lambda file: pathlib.Path(file).name)
+    def test_loads_and_its_model_builds_abstractly(self, file):
+        config = load_config(file)
+        if config.pretraining.enabled:
+            assert config.model.startswith(PRETRAINED)
+            shape = base_shape(config.pretraining)
+            assert shape.head_dim * shape.n_heads == shape.embed_dim
+            shapes, axes = abstract_params(shape)
+            param_shardings(make_mesh(config.mesh), shapes, axes)
+            assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 1_500_000  # the miniature is for laptops
+
+    def test_an_unknown_variant_is_refused(self):
+        with pytest.raises(BadConfigError, match="unknown variant 'smok'"):
+            load_config(str(ROOT / "configs/miniature.py") + ":smok")
+
+    def test_the_miniature_asks_as_its_base_was_taught(self):
+        # configs/ may not import sami_jax, so the prompt stands twice.
+        for variant in ("", ":smoke"):
+            prompts = load_config(str(ROOT / "configs/miniature.py") + variant).prompts
+            assert prompts.generation == prompts.training == miniature.PROMPT
+
+    def test_the_smoke_run_is_the_miniature_made_small(self):
+        big, small = (load_config(str(ROOT / "configs/miniature.py") + variant) for variant in ("", ":smoke"))
+        assert (small.prompts, small.constitutions, small.filters) == (big.prompts, big.constitutions, big.filters)
+        assert small.pretraining.steps < big.pretraining.steps and small.iterations < big.iterations
+
+    def test_common_is_the_papers_setting(self):
+        config = load_config(str(ROOT / "configs/common.py"))
+        assert (config.iterations, config.train.steps, config.train.queries_per_step) == (3, (2, 4, 6), 128)
+
+
+class TestHelp:
+    def test_every_setting_has_a_name_a_default_and_a_meaning(self):
+        described = list(describe_fields())
+        names = [name for name, _, _ in described]
+        flat = {
+            f"config.{section}.{name}" if isinstance(value, dict) else f"config.{section}"
+            for section, value in to_dict(RunConfig()).items()
+            for name in (value if isinstance(value, dict) else [section])
+        }
+        assert set(names) == flat and len(names) == len(set(names))
+        assert [name for name, _, help_text in described if len(help_text.split()) < 2] == []
+
+    def test_defaults_are_the_real_ones(self):
+        for name, default, _ in describe_fields():
+            value = to_dict(RunConfig())
+            for part in name.split(".")[1:]:
+                value = value[part]
+            assert default == repr(value), name
+
+    def test_choices_are_shown(self):
+        help_texts = {name: help_text for name, _, help_text in describe_fields()}
+        assert help_texts["config.train.optimizer"].endswith("(adamw | rmsprop)")

@@ -1,0 +1,364 @@
+"""Model folders: what is written is read back bit by bit, and what does not fit is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
+from sami_jax.model.config import DecoderConfig, config_from_huggingface, config_to_huggingface
+from sami_jax.model.huggingface import load_params, read_config, save_finetuned, save_model
+from tiny_models import random_params, tiny_config, write_tokenizer
+
+CONFIGS = {
+    "mistral": tiny_config(),
+    "window": tiny_config(sliding_window=7),
+    "tied": tiny_config(tied_embeddings=True),
+    "llama": tiny_config(model_type="llama", n_kv_heads=4),
+}
+HEAD, NORM, QUERY = "lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+def save(folder: Path, config: DecoderConfig, params: Any, *, tokenizer_folder: Path = Path("nowhere")) -> Path:
+    save_model(
+        folder,
+        params,
+        config,
+        huggingface_config=config_to_huggingface(config, bos_token_id=1, eos_token_id=2),
+        generation_config={"eos_token_id": 2},
+        tokenizer_folder=tokenizer_folder,
+        card="# A model\n",
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = tiny_config()
+    return save(tmp_path / "model", config, random_params(config))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Spreads model.safetensors over three files with an index, and returns its weight_map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-{number % 3 + 1:05d}-of-00003.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    write_index(folder, files)
+    return files
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_is_exact(tmp_path, name):
+    config = CONFIGS[name]
+    params = random_params(config)
+    folder = save(tmp_path / "deep" / "model", config, params)
+    assert read_config(folder) == config
+    loaded = load_params(folder, config)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, params)
+    chex.assert_trees_all_equal(loaded, params)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_stored_matrix_is_out_by_in_with_the_heads_flat(folder):
+    params = random_params(tiny_config())
+    tensors = load_file(folder / "model.safetensors")
+    attention, mlp = (params["blocks"][name] for name in ("attention", "mlp"))
+    # x [24] @ q_proj.T is the 4 heads of 10 one after another; o_proj takes them in the same order.
+    np.testing.assert_array_equal(tensors[QUERY], attention["query"][1].reshape(24, 40).T)
+    np.testing.assert_array_equal(
+        tensors["model.layers.0.self_attn.o_proj.weight"], attention["out"][0].reshape(40, 24).T
+    )
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"], mlp["down"][1].T)
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embedding"])
+    assert all(tensor.dtype == np.float32 for tensor in tensors.values())
+
+
+def test_sharded_weights_are_read(folder):
+    shard(folder)
+    chex.assert_trees_all_equal(load_params(folder, tiny_config()), random_params(tiny_config()))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_become_float32(folder, dtype):
+    edit_weights(folder, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
+    loaded = load_params(folder, tiny_config())
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(tiny_config()))
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, rounded)
+    chex.assert_trees_all_equal(loaded, rounded)
+
+
+def test_config_of_transformers_4_and_5():
+    shared = {
+        "model_type": "mistral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05,
+        "hidden_act": "silu",
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+    }
+    four = config_from_huggingface({**shared, "rope_theta": 1000000.0}, source="four")
+    rope = {"rope_theta": 1000000.0, "rope_type": "default"}
+    five = config_from_huggingface({**shared, "head_dim": 128, "rope_parameters": rope}, source="five")
+    assert four == five
+    assert (four.rope_theta, four.head_dim, four.sliding_window) == (1e6, 128, 4096)
+    assert config_from_huggingface({**shared, "sliding_window": None}, source="v0.2").sliding_window is None
+    assert config_from_huggingface({**shared, "model_type": "llama"}, source="llama").sliding_window is None
+
+
+def test_what_a_config_leaves_unsaid_is_what_transformers_takes():
+    config = config_to_huggingface(tiny_config(), bos_token_id=1, eos_token_id=2)
+    for key in ("sliding_window", "rope_parameters", "rope_theta", "tie_word_embeddings", "hidden_act"):
+        del config[key]
+    read = config_from_huggingface(config, source="short")
+    # MistralConfig's defaults in transformers 4 and 5.
+    assert (read.sliding_window, read.rope_theta, read.tied_embeddings) == (4096, 10000.0, False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_round_trip(name):
+    written = config_to_huggingface(CONFIGS[name], bos_token_id=1, eos_token_id=2)
+    assert config_from_huggingface(json.loads(json.dumps(written)), source="again") == CONFIGS[name]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": None}, "model_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"head_dim": 9}, "head_dim"),
+        ({"num_key_value_heads": 3}, "3 key/value heads"),
+    ],
+)
+def test_arithmetic_this_decoder_does_not_do_is_refused(folder, changes, named):
+    edit_config(folder, **changes)
+    with pytest.raises(BadDataError, match=named):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("value", ["wide", None, [], 0])
+def test_a_size_that_is_none_is_refused(folder, value):
+    edit_config(folder, num_attention_heads=value)
+    with pytest.raises(BadDataError, match="config.json: a size is not a number|n_heads is 0"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])
+def test_a_missing_key_is_named(folder, key):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(BadDataError, match=f"config.json.*{key}"):
+        read_config(folder)
+
+
+def test_missing_folder_or_config(tmp_path):
+    with pytest.raises(BadDataError, match="nowhere does not exist"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(BadDataError, match="has no config.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadDataError, match="not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(BadDataError, match="config.json: expected a JSON object"):
+        read_config(tmp_path)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadDataError, match="neither model.safetensors nor"):
+        load_params(folder, tiny_config())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(BadDataError, match="model.safetensors is damaged or incomplete"):
+        load_params(folder, tiny_config())
+
+
+def test_weights_missing_and_unknown_are_all_named(folder):
+    def change(tensors):
+        del tensors[NORM], tensors[QUERY]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(40, np.float32)
+
+    edit_weights(folder, change)
+    with pytest.raises(BadDataError) as caught:
+        load_params(folder, tiny_config())
+    for named in (NORM, QUERY, "q_proj.bias", "missing", "unknown"):
+        assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [QUERY, NORM, HEAD, "model.embed_tokens.weight"])
+def test_one_weight_missing(folder, name):
+    edit_weights(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(BadDataError, match=f"missing: {name}"):
+        load_params(folder, tiny_config())
+
+
+def test_one_weight_too_many(folder):
+    extra = "model.layers.2.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({extra: np.zeros((36, 24), np.float32)}))
+    with pytest.raises(BadDataError, match=f"unknown: {extra}"):
+        load_params(folder, tiny_config())
+
+
+def test_rotary_buffers_of_old_folders_are_no_weights(folder):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32)}
+    edit_weights(folder, lambda tensors: tensors.update(buffer))
+    chex.assert_trees_all_equal(load_params(folder, tiny_config()), random_params(tiny_config()))
+
+
+@pytest.mark.parametrize("name, shape", [(QUERY, (24, 40)), (NORM, (1,)), (HEAD, (60, 24)), (QUERY, (40, 24, 1))])
+def test_wrong_shape(folder, name, shape):
+    edit_weights(folder, lambda tensors: tensors.update({name: np.ones(shape, np.float32)}))
+    with pytest.raises(BadDataError, match=f"{name} has shape") as caught:
+        load_params(folder, tiny_config())
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/elsewhere.safetensors", "sub/x.safetensors", ".."])
+def test_an_index_may_not_point_outside_the_folder(folder, where):
+    files = shard(folder)
+    (folder / files[NORM]).rename(folder.parent / "elsewhere.safetensors")
+    write_index(folder, files | {name: where for name, file in files.items() if file == files[NORM]})
+    with pytest.raises(BadDataError, match="not a plain file name inside the folder"):
+        load_params(folder, tiny_config())
+
+
+def test_a_shard_may_not_be_a_link_out_of_the_folder(folder):
+    file = folder / shard(folder)[NORM]
+    file.rename(folder.parent / "elsewhere.safetensors")
+    file.symlink_to(folder.parent / "elsewhere.safetensors")
+    with pytest.raises(BadDataError, match="not a plain file name inside the folder"):
+        load_params(folder, tiny_config())
+
+
+def test_a_missing_shard_is_named(folder):
+    name = shard(folder)[NORM]
+    (folder / name).unlink()
+    with pytest.raises(BadDataError, match=f"{name} is named in the index but does not exist"):
+        load_params(folder, tiny_config())
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_a_malformed_index_is_refused(folder, index):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BadDataError, match="model.safetensors.index.json"):
+        load_params(folder, tiny_config())
+
+
+def test_a_tied_head_must_equal_the_embedding(tmp_path):
+    config = CONFIGS["tied"]
+    params = random_params(config)
+    folder = save(tmp_path / "model", config, params)
+    edit_weights(folder, lambda tensors: tensors.update({HEAD: params["embedding"].copy()}))
+    chex.assert_trees_all_equal(load_params(folder, config), params)
+    edit_weights(folder, lambda tensors: tensors.update({HEAD: params["embedding"] + 1}))
+    with pytest.raises(BadDataError, match=f"ties the head to the embedding, but {HEAD} differs"):
+        load_params(folder, config)
+
+
+def test_a_tied_head_without_its_embedding_is_refused(tmp_path):
+    config = CONFIGS["tied"]
+    folder = save(tmp_path / "model", config, random_params(config))
+    edit_weights(folder, lambda tensors: tensors.update({HEAD: tensors.pop("model.embed_tokens.weight")}))
+    with pytest.raises(BadDataError, match="model.embed_tokens.weight"):
+        load_params(folder, config)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
+    config = tiny_config()
+    params = random_params(config)
+    params["blocks"]["attention"]["query"][1, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match=QUERY):
+        save(tmp_path / "model", config, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_never_written_over(tmp_path):
+    config = tiny_config()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    with pytest.raises(SaveFailedError, match="already holds files"):
+        save(tmp_path / "model", config, random_params(config))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/thesis.txt"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "model").mkdir()
+    save(tmp_path / "model", tiny_config(), random_params(tiny_config()))
+    assert read_config(tmp_path / "model") == tiny_config()
+
+
+@pytest.mark.parametrize("library_call", ["sami_jax.model.huggingface.save_file", "shutil.copyfile"])
+@pytest.mark.parametrize("error, raised", [(OSError, SaveFailedError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_nothing_half_written_stays_after_a_failure(tmp_path, monkeypatch, library_call, error, raised):
+    write_tokenizer(tmp_path / "tokenizer", "byte_level", bos=True)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("no space left on device")
+
+    monkeypatch.setattr(library_call, fail)  # the disk's failure, which cannot be had otherwise
+    with pytest.raises(raised):
+        save(out / "model", tiny_config(), random_params(tiny_config()), tokenizer_folder=tmp_path / "tokenizer")
+    assert list(out.iterdir()) == []
+
+
+def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
+    write_tokenizer(folder, "mistral", bos=True)
+    edit_config(folder, dtype="bfloat16", somebody="else's key")
+    params = random_params(tiny_config(), seed=1)
+    out = tmp_path / "tuned"
+    save_finetuned(out, params, read_config(folder), source=folder, card="# Tuned\n")
+    assert json.loads((out / "config.json").read_text()) == {
+        **json.loads((folder / "config.json").read_text()),
+        "dtype": "float32",
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert (out / "README.md").read_text() == "# Tuned\n"
+    assert (out.stat().st_mode & 0o777) == 0o755
+    chex.assert_trees_all_equal(load_params(out, read_config(out)), params)

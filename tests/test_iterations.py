@@ -1,0 +1,214 @@
+"""The run directory's promises, on real runs: resumed bitwise equal, locked, refused, stopped at a safe point."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sami_jax.run_directory import read_json, read_jsonl, read_log
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "miniature.py"
+RUN_LIMIT_S = 240  # a smoke run takes about 30 s on two cores
+
+
+def command(name: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "sami_jax", name, *flags]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"JAX_PLATFORMS": "cpu"}
+
+
+def finished(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(name, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=RUN_LIMIT_S
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """A smoke run of one iteration whose base is pretrained once for this file."""
+    cache = tmp_path_factory.mktemp("pretrained")
+    return [
+        f"--config={CONFIG}:smoke",
+        f"--config.pretraining.cache_dir={cache}",
+        "--config.iterations=1",
+        "--config.train.steps=(3,)",
+        "--config.train.checkpoint_every=1",
+        "--config.train.passes=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(flags, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = finished("run", *flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def seals(workdir: pathlib.Path) -> dict[str, str]:
+    """The fingerprint of every stage: of its inputs, its outputs' bytes and its counts."""
+    return {
+        str(path.parent.relative_to(workdir)): read_json(path)["fingerprint"]
+        for path in workdir.glob("iter_*/*/DONE.json")
+    }
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_log(workdir / "metrics.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(whole_run):
+    stages = {"iter_000/eval", "iter_001/sample", "iter_001/train", "iter_001/export", "iter_001/eval"}
+    assert seals(whole_run).keys() == stages
+    counts = read_json(whole_run / "iter_001/sample/DONE.json")["counts"]
+    assert counts["sampled"] == counts["kept"] + sum(counts["dropped"].values())
+    assert len(read_jsonl(whole_run / "iter_001/sample/rejects.jsonl")) == sum(counts["dropped"].values())
+    assert sorted(losses(whole_run)) == [1, 2, 3]
+    assert len(read_json(whole_run / "iter_001/train/data.json")) == 3
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
+        assert (whole_run / "iter_001/export" / name).is_file()
+    assert "<html" in (whole_run / "report/index.html").read_text()
+    attempt = read_json(whole_run / "attempts/0001.json")
+    assert attempt["exit_code"] == 0 and attempt["ended"]
+
+
+@pytest.mark.slow
+def test_no_training_query_is_evaluated_and_halves_alternate(whole_run):
+    trained = {i for step in read_json(whole_run / "iter_001/train/data.json") for i in step}
+    evaluated = {record["example_id"] for record in read_jsonl(whole_run / "iter_001/eval/results.jsonl")}
+    assert trained and evaluated and not trained & evaluated
+    assert all(int(i.rsplit("-")[-1]) % 2 == 0 for i in trained)  # iteration 1 draws from the even half
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_changes_nothing(whole_run, flags):
+    before = {path: path.stat().st_mtime_ns for path in whole_run.glob("iter_*/**/*")}
+    again = finished("run", *flags, f"--workdir={whole_run}")
+    assert again.returncode == 0 and "finished; nothing to do" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in whole_run.glob("iter_*/**/*")}
+    without_config = finished("run", f"--workdir={whole_run}")
+    assert without_config.returncode == 0 and "finished; nothing to do" in without_config.stdout
+
+
+def interrupted(flags: list[str], workdir: pathlib.Path, number: int, moment: Callable[[], bool]) -> int:
+    """Starts a run, signals it once `moment` holds, and returns its exit code."""
+    process = subprocess.Popen(
+        command("run", *flags, f"--workdir={workdir}"), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + RUN_LIMIT_S
+    while not moment() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before the moment to interrupt it"
+    process.send_signal(number)
+    return process.wait(RUN_LIMIT_S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["iter_001/sample/chunks/00000.jsonl", "iter_001/train/checkpoints/step_00000001"])
+def test_killed_anywhere_the_same_command_ends_bitwise_equal(whole_run, flags, tmp_path, place):
+    workdir = tmp_path / "run"
+    assert interrupted(flags, workdir, signal.SIGKILL, (workdir / place).exists) == -signal.SIGKILL
+    assert not (workdir / "iter_001/export").exists()
+    resumed = finished("run", *flags, f"--workdir={workdir}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert seals(workdir) == seals(whole_run)
+    assert losses(workdir) == losses(whole_run)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_at_a_safe_point_with_75_and_the_run_goes_on(whole_run, flags, tmp_path):
+    workdir = tmp_path / "run"
+    code = interrupted(flags, workdir, signal.SIGTERM, (workdir / "iter_000/eval/responses/learned/00000.jsonl").exists)
+    assert code == 75
+    attempt = read_json(workdir / "attempts/0001.json")
+    assert attempt["exit_code"] == 75 and "SIGTERM" in attempt["reason"]
+    resumed = finished("run", f"--workdir={workdir}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert seals(workdir) == seals(whole_run)
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_with_73(whole_run, flags):
+    import fcntl
+
+    with (whole_run / "LOCK").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = finished("run", *flags, f"--workdir={whole_run}")
+    assert refused.returncode == 73 and "in use" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_with_78_and_named(whole_run, flags):
+    refused = finished("run", *flags, "--config.train.learning_rate=0.1", f"--workdir={whole_run}")
+    assert refused.returncode == 78
+    assert "train.learning_rate: 0.0005 -> 0.1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_changed_output_is_noticed(whole_run, flags, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole_run, workdir)
+    with (workdir / "iter_001/sample/pairs.json").open("a") as file:
+        file.write(" ")
+    refused = finished("run", *flags, f"--workdir={workdir}")
+    assert refused.returncode == 65 and "pairs.json" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_missing_model_leaves_nothing_behind(tmp_path):
+    workdir = tmp_path / "run"
+    refused = finished("run", f"--config={CONFIG}:smoke", "--config.model=nowhere/at/all", f"--workdir={workdir}")
+    assert refused.returncode == 65 and "nowhere/at/all" in refused.stderr
+    assert not (workdir / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_evaluate_and_export_give_what_the_run_gave(whole_run, flags, tmp_path):
+    exported = tmp_path / "model"
+    done = finished("export", f"--workdir={whole_run}", "--iteration=1", f"--out={exported}")
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (folder / "model.safetensors" for folder in (whole_run / "iter_001/export", exported))
+    assert theirs.read_bytes() == ours.read_bytes()
+    baseline, out = whole_run / "iter_000/eval", tmp_path / "evaluated"
+    done = finished("evaluate", *flags, f"--model={exported}", f"--baseline={baseline}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert read_json(out / "summary.json") == read_json(whole_run / "iter_001/eval/summary.json")
+
+
+@pytest.mark.slow
+def test_train_on_the_runs_own_pairs_gives_the_runs_own_weights(whole_run, flags, tmp_path):
+    base = next(pathlib.Path(flags[1].partition("=")[2]).glob("*/model"))
+    pairs, out = whole_run / "iter_001/sample/pairs.json", tmp_path / "trained"
+    done = finished("train", *flags, f"--model={base}", f"--pairs={pairs}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").read_bytes() == (whole_run / "iter_001/export/model.safetensors").read_bytes()
+    assert len(read_log(tmp_path / "trained.training/metrics.jsonl")) == 3
+    again = finished("train", *flags, f"--model={base}", f"--pairs={pairs}", f"--out={out}")
+    assert again.returncode == 74 and "already holds files" in again.stderr
+
+
+@pytest.mark.slow
+def test_generate_repeats_what_the_run_sampled(whole_run, flags, tmp_path):
+    base = next(pathlib.Path(flags[1].partition("=")[2]).glob("*/model"))
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
+    records = read_jsonl(whole_run / "iter_000/eval/results.jsonl")[:3]
+    template = read_json(whole_run / "config.json")["prompts"]["generation"]
+    texts = [template.replace("{constitution}", r["constitutions"][0]).replace("{query}", r["query"]) for r in records]
+    prompts.write_text("".join(json.dumps({"prompt": text, "note": i}) + "\n" for i, text in enumerate(texts)))
+    done = finished("generate", *flags, f"--model={base}", f"--prompts={prompts}", f"--out={out}", "--rows=2")
+    assert done.returncode == 0, done.stderr
+    lines = read_jsonl(out)
+    assert [line["response"] for line in lines] == [record["responses"][0] for record in records]
+    assert [line["note"] for line in lines] == [0, 1, 2]

@@ -1,0 +1,235 @@
+"""Files a run can trust: whole or not there, logs that survive a torn line, seals, and a lock between processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
+from sami_jax.run_directory import (
+    append_jsonl,
+    begin,
+    canonical_json,
+    content_hash,
+    file_hash,
+    locked,
+    read_json,
+    read_jsonl,
+    read_log,
+    replacing,
+    seal,
+    sealed,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+class TestHashes:
+    def test_one_text_per_value(self):
+        assert canonical_json({"b": [1, None], "a": "é"}) == '{"a": "é", "b": [1, null]}'
+        assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+        assert content_hash({"a": 1}) != content_hash({"a": "1"}) != content_hash({"a": [1]})
+
+    def test_known_digest(self, tmp_path):
+        # SHA-256 of "abc", from FIPS 180-4.
+        (tmp_path / "abc").write_bytes(b"abc")
+        expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        assert file_hash(tmp_path / "abc") == expected
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, {"a": float("-inf")}]])
+    def test_nan_and_infinity_are_refused(self, tmp_path, value):
+        for write in (canonical_json, content_hash, lambda x: write_json(tmp_path / "x", x)):
+            with pytest.raises(ValueError):
+                write(value)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestAtomicWrites:
+    def test_round_trip_and_no_leftovers(self, tmp_path):
+        value = {"text": "zwölf\n", "list": [1, 2.5, None, True]}
+        write_json(tmp_path / "deep" / "value.json", value)
+        write_jsonl(tmp_path / "deep" / "values.jsonl", [value, {"a": 1}])
+        assert read_json(tmp_path / "deep" / "value.json") == value
+        assert read_jsonl(tmp_path / "deep" / "values.jsonl") == [value, {"a": 1}]
+        assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["value.json", "values.jsonl"]
+
+    def test_a_failure_half_way_leaves_the_old_file(self, tmp_path):
+        path = tmp_path / "value.txt"
+        write_text(path, "old")
+
+        class PowerCut(Exception):
+            pass
+
+        with pytest.raises(PowerCut), replacing(path) as temporary:
+            temporary.write_text("ne")
+            assert path.read_text() == "old"  # nothing shows before the end
+            raise PowerCut
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+    def test_killed_half_way_leaves_the_old_file_and_begin_clears_up(self, tmp_path):
+        write_text(tmp_path / "value.txt", "old")
+        code = (
+            "import os, sys, pathlib\n"
+            "from sami_jax.run_directory import replacing\n"
+            "with replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+            "    temporary.write_text('ne')\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "value.txt")], timeout=60)
+        assert done.returncode == -signal.SIGKILL
+        assert (tmp_path / "value.txt").read_text() == "old"
+        assert len(list(tmp_path.glob(".value.txt.*.tmp"))) == 1
+        begin(tmp_path, inputs=1)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["PLAN.json", "value.txt"]
+
+    def test_a_place_that_cannot_be_written_is_a_save_failure(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SaveFailedError, match="file/value.json could not be written"):
+            write_json(tmp_path / "file" / "value.json", 1)
+
+
+class TestReading:
+    @pytest.mark.parametrize("read", [read_json, read_jsonl])
+    def test_errors_name_the_file(self, tmp_path, read):
+        with pytest.raises(BadDataError, match=r"missing.json does not exist"):
+            read(tmp_path / "missing.json")
+        (tmp_path / "latin.json").write_bytes('"é"'.encode("latin-1"))
+        with pytest.raises(BadDataError, match=r"latin.json is not UTF-8"):
+            read(tmp_path / "latin.json")
+
+    def test_errors_name_the_line(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"a": 1,\n"b": }')
+        with pytest.raises(BadDataError, match=r"a.json, line 2: not valid JSON"):
+            read_json(tmp_path / "a.json")
+        (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"b": \n')
+        with pytest.raises(BadDataError, match=r"a.jsonl, line 3: not valid JSON"):
+            read_jsonl(tmp_path / "a.jsonl")
+
+    def test_only_newlines_end_a_record(self, tmp_path):
+        # U+2028 and U+0085 are line ends to str.splitlines, and both occur in Reddit posts.
+        records = [{"text": "a\u2028b\u0085c\x0bd"}, {"text": "e"}]
+        write_jsonl(tmp_path / "a.jsonl", records)
+        assert read_jsonl(tmp_path / "a.jsonl") == records
+
+
+class TestLogs:
+    def test_append_and_read(self, tmp_path):
+        assert read_log(tmp_path / "log.jsonl") == []
+        for step in range(3):
+            append_jsonl(tmp_path / "deep" / "log.jsonl", {"step": step})
+        assert read_log(tmp_path / "deep" / "log.jsonl") == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+    def test_a_line_torn_at_any_byte_is_left_out_and_stays_alone(self, tmp_path):
+        whole = (canonical_json({"note": "größer", "step": 2}) + "\n").encode()
+        for cut in range(len(whole)):
+            path = tmp_path / f"{cut}.jsonl"
+            append_jsonl(path, {"step": 1})
+            with path.open("ab") as file:
+                file.write(whole[:cut])
+            complete = cut == len(whole) - 1  # only the newline is missing: nothing is lost
+            kept = [{"step": 1}, {"note": "größer", "step": 2}] if complete else [{"step": 1}]
+            assert read_log(path) == kept, cut
+            append_jsonl(path, {"step": 3})
+            assert read_log(path) == [*kept, {"step": 3}], cut
+
+
+def write_outputs(folder) -> None:
+    write_json(folder / "a.json", [1, 2, 3])
+    write_text(folder / "deep" / "b.txt", "text")
+
+
+class TestSeal:
+    def test_round_trip(self, tmp_path):
+        assert sealed(tmp_path, inputs={"seed": 1}) is None
+        begin(tmp_path, inputs={"seed": 1})
+        write_outputs(tmp_path)
+        assert sealed(tmp_path, inputs={"seed": 1}) is None
+        fingerprint = seal(tmp_path, inputs={"seed": 1}, counts={"kept": 3})
+        assert sealed(tmp_path, inputs={"seed": 1}) == fingerprint
+        done = json.loads((tmp_path / "DONE.json").read_text())
+        assert [output["path"] for output in done["outputs"]] == ["PLAN.json", "a.json", "deep/b.txt"]
+        assert done["outputs"][2] == {
+            "path": "deep/b.txt",
+            "bytes": 4,
+            "sha256": file_hash(tmp_path / "deep" / "b.txt"),
+        }
+        assert done["counts"] == {"kept": 3}
+
+    def test_equal_stages_have_equal_bytes_and_others_do_not(self, tmp_path):
+        def make(name: str, *, inputs=1, counts=2, text="text") -> tuple[str, bytes]:
+            begin(tmp_path / name, inputs=inputs)
+            write_text(tmp_path / name / "out.txt", text)
+            return seal(tmp_path / name, inputs=inputs, counts=counts), (tmp_path / name / "DONE.json").read_bytes()
+
+        one = make("one")
+        assert make("two") == one and make("one") == one  # elsewhere, and again
+        others = [make("three", inputs=9), make("four", counts=9), make("five", text="texT")]
+        assert len({fingerprint for fingerprint, _ in [one, *others]}) == 4
+
+    def test_what_equal_runs_write_differently_is_left_out(self, tmp_path):
+        write_outputs(tmp_path)
+        before = seal(tmp_path, inputs=1, counts=0, outside="checkpoints")
+        write_text(tmp_path / "checkpoints" / "uuid", "random")
+        (tmp_path / ".half.tmp").write_text("x")
+        assert seal(tmp_path, inputs=1, counts=0, outside="checkpoints") == before
+        with locked(tmp_path):
+            assert seal(tmp_path, inputs=1, counts=0, outside="checkpoints") == before
+        assert seal(tmp_path, inputs=1, counts=0) != before
+
+    def test_a_lost_or_shortened_output_is_bad_data_with_the_remedy(self, tmp_path):
+        write_outputs(tmp_path)
+        seal(tmp_path, inputs=1, counts=0)
+        write_text(tmp_path / "deep" / "b.txt", "tex")
+        with pytest.raises(BadDataError, match=r"deep/b.txt is missing or has changed its size; delete"):
+            sealed(tmp_path, inputs=1)
+        (tmp_path / "deep" / "b.txt").unlink()
+        with pytest.raises(BadDataError, match=r"deep/b.txt is missing"):
+            sealed(tmp_path, inputs=1)
+
+    def test_other_inputs_are_refused(self, tmp_path):
+        begin(tmp_path, inputs={"rate": 1e-6})
+        begin(tmp_path, inputs={"rate": 1e-6})  # the same go on
+        with pytest.raises(BadConfigError, match="made from other inputs"):
+            begin(tmp_path, inputs={"rate": 1e-7})
+        seal(tmp_path, inputs={"rate": 1e-6}, counts=0)
+        with pytest.raises(BadConfigError, match=str(tmp_path)):
+            sealed(tmp_path, inputs={"rate": 1e-7})
+
+
+HOLDER = """
+import pathlib, sys
+from sami_jax.run_directory import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestLock:
+    def test_is_held_by_another_process_and_freed_by_kill_9(self, tmp_path):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert holder.stdout.readline() == "held\n"
+            for _ in range(2):  # and being refused does not take it away
+                with pytest.raises(RunInUseError, match=f"in use by process {holder.pid};"), locked(tmp_path):
+                    raise AssertionError("two processes hold one lock")
+        finally:
+            holder.kill()
+            holder.communicate(timeout=60)
+        assert (tmp_path / "LOCK").exists()
+        with locked(tmp_path):
+            assert (tmp_path / "LOCK").read_text() == str(os.getpid())
+
+    def test_is_free_after_use_and_after_a_failure(self, tmp_path):
+        started = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), locked(tmp_path / "new"):
+                raise ZeroDivisionError
+        assert time.monotonic() - started < 5

@@ -1,0 +1,153 @@
+"""Where a prompt ends and its response begins, for the three kinds of tokenizer that Mistral and Llama models have."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sami_jax.errors import BadDataError
+from sami_jax.sampling import cut_response
+from tiny_models import KINDS, write_tokenizer
+
+RESPONSES = (
+    "The post asks how to make peace.",
+    "x",
+    "Line one\n\nline two  ends",
+    "Grüße 🙂 an 東京",
+    ":colons: first",
+)
+PROMPTS = ("Summary:", "POST: My sister will not talk to me.\n\nSummary", "a", "### Query ü")
+
+
+@pytest.fixture(scope="module", params=[(kind, bos) for kind in KINDS for bos in (False, True)], ids=str)
+def folder(request, tmp_path_factory) -> Path:
+    kind, bos = request.param
+    path = tmp_path_factory.mktemp(f"{kind}_{bos}")
+    write_tokenizer(path, kind, bos=bos)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def adds_bos(folder: Path) -> bool:
+    return folder.name.split("0")[0].endswith("True")
+
+
+def test_bos_is_there_once_where_the_tokenizer_adds_it(folder, tokenizer):
+    ids = tokenizer.prompt_ids("Summary:")
+    assert [ids[0] == 1, ids.count(1)] == ([True, 1] if adds_bos(folder) else [False, 0])
+    assert tokenizer.eos_id == 2
+    assert 2 not in ids
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_and_response_decode_to_both_with_a_space(tokenizer, prompt, response):
+    ids = tokenizer.response_ids(response, prompt=prompt)
+    assert tokenizer.decode(tokenizer.prompt_ids(prompt) + ids) == f"{prompt} {response}"
+    assert not {1, 2} & set(ids)
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_equal_to_joint_tokenisation_where_no_merge_crosses(folder, tokenizer, prompt, response):
+    # A space begins a word in all three, so that no merge reaches over the boundary.
+    joint = RawTokenizer.from_file(str(folder / "tokenizer.json")).encode(f"{prompt} {response}").ids
+    assert tokenizer.prompt_ids(prompt) + tokenizer.response_ids(response, prompt=prompt) == joint
+
+
+@pytest.mark.parametrize("space", [" ", "  ", "\n", "\t \n"])
+def test_white_space_before_the_response_does_not_matter(tokenizer, space):
+    expected = tokenizer.response_ids("The post", prompt="Summary:")
+    assert tokenizer.response_ids(space + "The post", prompt="Summary:") == expected
+
+
+@pytest.mark.parametrize("prompt", ["Summary: ", "Summary:\n", "Summary:\n\n", "a\t"])
+@pytest.mark.parametrize("response", RESPONSES)
+def test_after_a_prompt_that_ends_in_white_space_none_is_added(tokenizer, prompt, response):
+    ids = tokenizer.response_ids(response, prompt=prompt)
+    assert tokenizer.decode(tokenizer.prompt_ids(prompt) + ids) == prompt + response
+    assert ids != tokenizer.response_ids(response, prompt="Summary:")
+
+
+def test_the_rest_of_the_prompt_does_not_matter(tokenizer):
+    assert len({tuple(tokenizer.response_ids("The post", prompt=prompt)) for prompt in PROMPTS}) == 1
+
+
+def test_the_first_word_is_the_one_that_carries_a_space(folder, tokenizer):
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    space = "Ġ" if folder.name.startswith("byte_level") else "▁"
+    spaced, glued = (tokenizer.response_ids("The post", prompt=prompt)[0] for prompt in ("Summary:", "Summary:\n"))
+    assert raw.id_to_token(spaced).startswith(space)
+    assert not raw.id_to_token(glued).startswith(space)
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "<s>", "</s></s>", "the <unk> word"])
+def test_special_tokens_in_text_become_ordinary_ones(folder, tokenizer, text):
+    ids = tokenizer.prompt_ids(text)
+    ordinary = ids[1:] if adds_bos(folder) else ids
+    response = tokenizer.response_ids(text, prompt="Summary:")
+    assert not {0, 1, 2} & {*ordinary, *response}
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.prompt_ids("Summary:") + response) == f"Summary: {text}"
+
+
+@pytest.mark.parametrize("response", ["", " ", "\n\t "])
+@pytest.mark.parametrize("prompt", ["Summary:", "Summary:\n"])
+def test_an_empty_response_has_no_tokens(tokenizer, prompt, response):
+    assert tokenizer.response_ids(response, prompt=prompt) == []
+
+
+def test_decode_leaves_special_tokens_out_and_spaces_as_they_are(tokenizer):
+    ids = tokenizer.response_ids("one , two .", prompt="Summary:")
+    assert tokenizer.decode([*ids, 2]).strip() == "one , two ."
+    assert tokenizer.decode([]) == ""
+
+
+def test_token_texts_cover_the_vocabulary(tokenizer):
+    texts = tokenizer.token_texts()
+    assert len(texts) == tokenizer.vocab_size
+    period = tokenizer.response_ids("x.", prompt="Summary:")[-1]
+    assert texts[period].endswith(".")
+
+
+@pytest.mark.parametrize("response", RESPONSES[:4])
+def test_a_cut_response_keeps_the_ids_that_were_sampled(tokenizer, response):
+    ids = tokenizer.response_ids(response, prompt="Summary:")
+    whole = cut_response([*ids, 2], tokenizer, ["###"], stopped=True)
+    assert (whole.text, whole.ids, whole.finished) == (response, tuple(ids), True)
+    # The marker stands behind white space, so that the cut falls between tokens.
+    longer = tokenizer.response_ids(f"{response} ### and more", prompt="Summary:")
+    cut = cut_response(longer, tokenizer, ["Human:", "###"], stopped=False)
+    assert (cut.text, cut.ids, cut.finished) == (response, tuple(ids), True)
+    unfinished = cut_response(ids, tokenizer, ["###"], stopped=False)
+    assert (unfinished.text, unfinished.ids, unfinished.finished) == (response, tuple(ids), False)
+
+
+def test_a_tokenizer_that_merges_over_the_boundary_is_refused():
+    class Backend:
+        """The one call that response_ids makes, on a BPE that splits nowhere and knows ': ' as one token."""
+
+        def __init__(self):
+            self.raw = RawTokenizer(models.BPE(vocab={":": 0, "Ġ": 1, "x": 2, ":Ġ": 3}, merges=[(":", "Ġ")]))
+            self.raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            self.raw.decoder = decoders.ByteLevel()
+
+        def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> dict:
+            return {"input_ids": self.raw.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    with pytest.raises(BadDataError, match="merges ':' with what follows it.*store response_ids"):
+        Tokenizer(Backend()).response_ids("x", prompt="Summary:")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(BadDataError, match="has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadDataError, match="the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
