@@ -12,7 +12,8 @@ README names, before the first of these seeds was ever run:
 - Criteria after three iterations, on the *test* queries (posts about people SAMI never saw), against the run's own
   base: win rate >= 0.65 with its 95 % interval above 0.5; adherence up by >= 0.20; paired MI gain's interval above 0;
   well-formed > 0.98; faithful not fallen (its paired change's interval does not lie below 0).
-- Steps (8, 16, 24) and KL weight 1 were settled before, on the validation queries of other bases.
+- Steps (8, 16, 24) and KL weight 1 were settled before, on the validation queries of other bases (seeds 900 and 901,
+  3000 pretraining steps, an earlier wording of the world: win rates 0.766 and 0.810 after three iterations).
 - Judge: `sami_jax.evaluation.judges.judge_miniature`.
 
 Beside it, not judged: held-out principles; and one iteration of 20 steps without and with KL, for over-optimisation.
@@ -37,7 +38,7 @@ from sami_jax.run_directory import read_json, read_jsonl, write_json
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.py"
 BASE_SEEDS, SAMI_SEEDS = (1, 2, 3), (1, 2)
-STEPS, LONGER = 3000, 4500
+STEPS, LONGER = 2000, 3000
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.train.kl_beta = 1.0
     config.train.remat = False  # the activations of a model this small fit anywhere
     config.evaluation = ml_collections.ConfigDict({"judge": "miniature"})
-    config.pretraining = ml_collections.ConfigDict({"enabled": True, "seed": 0, "steps": 3000})
+    config.pretraining = ml_collections.ConfigDict({"enabled": True, "seed": 0, "steps": 2000})
     if variant == "smoke":
         config.iterations = 2
         config.queries.evaluation_count = 8

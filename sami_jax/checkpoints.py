@@ -36,7 +36,7 @@ class Checkpoints:
             step_prefix="step",
             step_format_fixed_length=8,
             cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,  # its threads would keep a process whose save failed from ending for 5 min
+            enable_async_checkpointing=False,  # after a failed save, its threads would keep the process for 5 minutes
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

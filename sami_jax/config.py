@@ -47,7 +47,7 @@ class PretrainingConfig:
     n_kv_heads: int = _setting(2, "K, key/value heads", at_least=1)
     mlp_dim: int = _setting(384, "F, width of the SwiGLU", at_least=8)
     max_positions: int = _setting(8192, "longest sequence in tokens", at_least=64)
-    steps: int = _setting(3000, "optimizer steps", at_least=1)
+    steps: int = _setting(2000, "optimizer steps", at_least=1)
     batch_size: int = _setting(16, "documents per step", at_least=1)
     matrix_learning_rate: float = _setting(0.02, "peak learning rate of Muon, on the layers' matrices", above=0)
     other_learning_rate: float = _setting(3e-3, "peak learning rate of AdamW, on the rest", above=0)
@@ -130,9 +130,7 @@ class TrainConfig:
     learning_rate: float = _setting(5e-7, "constant, no warm-up", above=0)
     adam_b1: float = _setting(0.9, "adamw: decay of the first moment", at_least=0, below=1)
     adam_b2: float = _setting(0.999, "adamw: decay of the second moment", at_least=0, below=1)
-    rmsprop_decay: float = _setting(
-        0.99, "rmsprop: decay of the squared gradient (torch's alpha)", at_least=0, below=1
-    )
+    rmsprop_decay: float = _setting(0.99, "rmsprop: decay of the squared gradient (torch's alpha)", at_least=0, below=1)
     eps: float = _setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = _setting(0.01, "adamw: decoupled weight decay", at_least=0)
     normalize: Normalize = _setting(

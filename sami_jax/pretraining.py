@@ -53,6 +53,8 @@ def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Pa
       `data/test.jsonl`, `metrics.jsonl` and DONE.json.
     """
     folder = pretrained_folder(config)
+    if run_directory.sealed(folder, inputs=_without_place(config)) is not None:
+        return folder  # finished, so that any number of runs may read it at once
     with run_directory.locked(folder):
         if run_directory.sealed(folder, inputs=_without_place(config)) is None:
             _make(config, folder, safe_point)

@@ -105,10 +105,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def response_logps(params: Params, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
     """[K] float64 log-prob of each response token after the prompt and the response tokens before it."""
     return np.array(
-        [
-            log_softmax(logits_after(params, [*prompt, *response[:k]]))[response[k]]
-            for k in range(len(response))
-        ]
+        [log_softmax(logits_after(params, [*prompt, *response[:k]]))[response[k]] for k in range(len(response))]
     )
 
 

@@ -14,6 +14,9 @@ from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.errors import BadDataError, SaveFailedError, StoppedError
 from sami_jax.types import TrainState
 
+# A read that fails leaves coroutines of Orbax unawaited; they complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(step: int) -> TrainState:
     """Random bits, which do not compress: a flipped bit lands in the numbers rather than in a format's header."""

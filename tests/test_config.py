@@ -202,7 +202,9 @@ class TestFiles:
             load_config(str(tmp_path / "list.json"), {"seed": "1"})
 
 
-VARIANTS = [str(path) for path in sorted((ROOT / "configs").glob("*.py"))] + [str(ROOT / "configs/miniature.py") + ":smoke"]
+VARIANTS = [str(path) for path in sorted((ROOT / "configs").glob("*.py"))] + [
+    str(ROOT / "configs/miniature.py") + ":smoke"
+]
 
 
 def base_shape(config: PretrainingConfig) -> DecoderConfig:

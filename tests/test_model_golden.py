@@ -31,6 +31,11 @@ PAIRS = [
 ]
 
 
+def cross_entropy(matrix: np.ndarray, axis: int) -> float:
+    """Of the softmax over the axis (1: responses, 0: constitutions) against the diagonal, in nats."""
+    return float(-np.mean(np.diagonal(matrix - np.logaddexp.reduce(matrix, axis=axis, keepdims=True))))
+
+
 @pytest.fixture(scope="module")
 def model_and_params(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
@@ -90,25 +95,26 @@ def test_four_step_losses(model_and_params, optimizer, learning_rate, micro_batc
     step = make_train_step(model.score, train)
     state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(train))
     width, response_width = batch_widths(PAIRS, round_to=4, eos_id=None)
-    losses = []
+    losses, over_responses, over_constitutions = [], [], []
     for indices in GOLDENS["order"]:
         rows = [PAIRS[i] for i in indices]
         batch = make_batch(rows, width=width, response_width=response_width, eos_id=None)
         state, metrics = step(state, params, jax.tree.map(jnp.asarray, micro_batches(batch, micro_batch)))
         losses.append(float(metrics.loss))
+        over_responses.append(float(metrics.over_responses))
+        over_constitutions.append(float(metrics.over_constitutions))
     expected = GOLDENS[f"{optimizer}_losses"]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-4)
+    # The loss is the mean of both sides, which a transposed matrix would exchange unseen.
+    first = [GOLDENS["mean_logps"][i] for i in GOLDENS["order"][0]]
+    for actual, axis in ((over_responses[0], 1), (over_constitutions[0], 0)):
+        np.testing.assert_allclose(actual, np.mean([cross_entropy(m, axis) for m in first]), rtol=0, atol=1e-5)
 
 
 def test_the_golden_losses_tell_training_from_none(model_and_params):
     """The losses that weights left as they are would give: far from the golden ones after the first step."""
-    positives = np.arange(2)
-
-    def two_sided(matrix: np.ndarray) -> float:
-        sides = (matrix - np.logaddexp.reduce(matrix, axis=axis, keepdims=True) for axis in (0, 1))
-        return float(-np.mean([side[positives, positives] for side in sides]))
-
-    untrained = np.array([[two_sided(GOLDENS["mean_logps"][i]) for i in row] for row in GOLDENS["order"]]).mean(axis=1)
+    losses = np.mean([[cross_entropy(m, axis) for m in GOLDENS["mean_logps"]] for axis in (0, 1)], axis=0)
+    untrained = losses[GOLDENS["order"]].mean(axis=1)
     for optimizer in ("adamw", "rmsprop"):
         difference = np.abs(untrained - GOLDENS[f"{optimizer}_losses"])
         assert difference[0] < 1e-6

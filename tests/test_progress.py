@@ -79,7 +79,9 @@ def test_a_terminal_is_not_flooded(clock, monkeypatch):
     assert 40 < terminal.getvalue().count("\r") <= 50  # ten seconds, five a second
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3605, "60 min 05 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3605, "60 min 05 s")]
+)
 def test_durations(clock, capsys, seconds, text):
     shown = Progress("x", 1)
     clock.now += seconds

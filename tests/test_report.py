@@ -12,8 +12,12 @@ from sami_jax.errors import BadDataError
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
 
 PRINCIPLES = {"learned": ("tone", "greeting"), "held_out": ("source", "closing")}
-WORDS = {"tone": ("great", "awful"), "greeting": ("ahoy", "hello"), "source": ("author", "op"),
-         "closing": ("thanks", "over")}
+WORDS = {
+    "tone": ("great", "awful"),
+    "greeting": ("ahoy", "hello"),
+    "source": ("author", "op"),
+    "closing": ("thanks", "over"),
+}
 ATTACK = '<script>alert("x")</script>'
 
 
@@ -31,18 +35,33 @@ def _result(rng, split: str, index: int, skill: float, malformed: float) -> dict
         said = [WORDS[n][s if followed[n] else 1 - s] for n, s in zip(names, signs, strict=True)]
         well_formed = bool(rng.random() >= malformed)
         responses.append(f"{said[1]}, {said[0]} news: aunt Grace sold the bike no. {index}." if well_formed else "news")
-        constitutions.append("\n".join(f"{i + 1}. The summary should say {WORDS[n][s]}." for i, (n, s) in
-                                       enumerate(zip(names, signs, strict=True))))
-        verdicts.append({"well_formed": well_formed, "faithful": bool(rng.random() < 0.96),
-                         "adherence": sum(followed.values()) / len(names), "followed": followed})
+        constitutions.append(
+            "\n".join(
+                f"{i + 1}. The summary should say {WORDS[n][s]}."
+                for i, (n, s) in enumerate(zip(names, signs, strict=True))
+            )
+        )
+        verdicts.append(
+            {
+                "well_formed": well_formed,
+                "faithful": bool(rng.random() < 0.96),
+                "adherence": sum(followed.values()) / len(names),
+                "followed": followed,
+            }
+        )
     contrast = 2.0 * (skill - 0.5) * sum(v["adherence"] for v in verdicts) / 2
     logps = -0.6 - rng.random((2, 2)) * 0.1 - (1 - np.eye(2)) * contrast
     over_constitutions = -np.mean(np.log(np.diag(report.constitution_posterior(logps))))
     return {
-        "split": split, "example_id": f"{split}-{index}", "constitutions": constitutions, "responses": responses,
+        "split": split,
+        "example_id": f"{split}-{index}",
+        "constitutions": constitutions,
+        "responses": responses,
         "query": f"My aunt Grace sold the bike no. {index} on friday. I feel guilty. The weather was rainy.",
-        "response_tokens": [len(r.split()) + 2 for r in responses], "logps": logps.round(4).tolist(),
-        "mi_nats": float(np.log(2) - over_constitutions), "verdicts": verdicts,
+        "response_tokens": [len(r.split()) + 2 for r in responses],
+        "logps": logps.round(4).tolist(),
+        "mi_nats": float(np.log(2) - over_constitutions),
+        "verdicts": verdicts,
     }
 
 
@@ -57,10 +76,12 @@ def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict
 
         mi, base_mi = (np.array([row["mi_nats"] for row in part]) for part in (rows, base_rows))
         entry = {
-            "n_queries": len(rows), "mi_nats": _as_json(mean_with_interval(mi)),
+            "n_queries": len(rows),
+            "mi_nats": _as_json(mean_with_interval(mi)),
             "length_tokens": _as_json(mean_with_interval([np.mean(row["response_tokens"]) for row in rows])),
             "base_logp": _as_json(mean_with_interval(-0.4 - 0.02 * iteration + 0.1 * over("adherence", rows))),
-            "diagnostics": {"ignored": 1}, "judge": "miniature" if judged else None,
+            "diagnostics": {"ignored": 1},
+            "judge": "miniature" if judged else None,
             "mi_gain_nats": _as_json(mean_with_interval(mi - base_mi)) if iteration else None,
         }
         for key in ("adherence", "well_formed", "faithful"):
@@ -68,16 +89,21 @@ def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict
         entry |= {"win_rate": None, "strict_win_rate": None, "adherence_gain": None, "per_principle": None}
         if judged:
             entry["per_principle"] = {
-                name: _as_json(mean_with_interval(
-                    [np.mean([v["followed"][name] for v in row["verdicts"]]) for row in rows]))
+                name: _as_json(
+                    mean_with_interval([np.mean([v["followed"][name] for v in row["verdicts"]]) for row in rows])
+                )
                 for name in PRINCIPLES[split]
             }
         if judged and iteration:
             won = win_rate(win_scores(over("adherence", rows), over("adherence", base_rows)))
-            entry |= {"win_rate": _as_json(won.estimate), "wins": won.wins, "losses": won.losses, "ties": won.ties,
-                      "strict_win_rate": _as_json(won.estimate),
-                      "adherence_gain": _as_json(
-                          mean_with_interval(over("adherence", rows) - over("adherence", base_rows)))}
+            entry |= {
+                "win_rate": _as_json(won.estimate),
+                "wins": won.wins,
+                "losses": won.losses,
+                "ties": won.ties,
+                "strict_win_rate": _as_json(won.estimate),
+                "adherence_gain": _as_json(mean_with_interval(over("adherence", rows) - over("adherence", base_rows))),
+            }
         splits[split] = entry
     return {"iteration": iteration, "normalize": "mean", "ceiling_nats": float(np.log(2)), "splits": splits}
 
@@ -106,12 +132,25 @@ def write_run(run_dir: Path, *, skills=(0.6, 0.72, 0.84, 0.9), malformed=(0.0, 0
         if k:
             kept, dropped = 512 * k, {"identical": 301 + k, "empty": 0, "unfinished": 7}
             sampled = kept + sum(dropped.values())
-            _write(folder / "sample" / "DONE.json",
-                   {"counts": {"queries": 4000, "sampled": sampled, "kept": kept, "dropped": dropped}})
+            _write(
+                folder / "sample" / "DONE.json",
+                {"counts": {"queries": 4000, "sampled": sampled, "kept": kept, "dropped": dropped}},
+            )
             for step in range(1, 8 * k + 1):
                 mi = (0.07 + 0.01 * k) * (1 - np.exp(-step / (5 + 2 * k)))
-                metrics.append({"iteration": k, "stage": "train", "step": step, "loss": 0.693 - mi, "mi_nats": mi,
-                                "kl": 0.002 * step, "grad_norm": 1.0, "share_changed": 0.9, "step_time_s": 0.5})
+                metrics.append(
+                    {
+                        "iteration": k,
+                        "stage": "train",
+                        "step": step,
+                        "loss": 0.693 - mi,
+                        "mi_nats": mi,
+                        "kl": 0.002 * step,
+                        "grad_norm": 1.0,
+                        "share_changed": 0.9,
+                        "step_time_s": 0.5,
+                    }
+                )
         for stage, seconds in (("sample", 21.5 * k), ("train", 40.25 * k), ("eval", 12.0)):
             if k or stage == "eval":
                 events.append({"event": "stage_done", "iteration": k, "stage": stage, "seconds": seconds})
@@ -188,7 +227,9 @@ def test_funnel_sums(run_dir):
     funnel = report.funnel_tables(report.read_run(run_dir))
     first = funnel["columns"][0]
     assert (first["sampled"], first["kept"], first["dropped"]) == (
-        821, 512, {"identical": 302, "empty": 0, "unfinished": 7}
+        821,
+        512,
+        {"identical": 302, "empty": 0, "unfinished": 7},
     )
     for column in funnel["columns"]:
         assert column["kept"] + sum(column["dropped"].values()) == column["sampled"]
@@ -230,8 +271,13 @@ def _with_learned(run_dir: Path, **fields) -> Path:
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
-    [(0.5001, 0.7, "beats its base"), (0.5, 0.7, "no measurable difference"), (0.3, 0.5, "no measurable difference"),
-     (0.3, 0.4999, "loses to its base"), (None, None, "no measurable difference")],
+    [
+        (0.5001, 0.7, "beats its base"),
+        (0.5, 0.7, "no measurable difference"),
+        (0.3, 0.5, "no measurable difference"),
+        (0.3, 0.4999, "loses to its base"),
+        (None, None, "no measurable difference"),
+    ],
 )
 def test_headline_turns_at_the_interval(tmp_path, low, high, words):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.6), n=8)
@@ -240,10 +286,14 @@ def test_headline_turns_at_the_interval(tmp_path, low, high, words):
 
 def test_rising_information_without_wins_is_called_no_improvement(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.6), n=8)
-    _with_learned(run_dir, win_rate={"mean": 0.5, "low": 0.4, "high": 0.6, "n": 8},
-                  mi_gain_nats={"mean": 0.2, "low": 0.1, "high": 0.3, "n": 8})
+    _with_learned(
+        run_dir,
+        win_rate={"mean": 0.5, "low": 0.4, "high": 0.6, "n": 8},
+        mi_gain_nats={"mean": 0.2, "low": 0.1, "high": 0.3, "n": 8},
+    )
     assert "By itself that is no improvement: the judge saw none." in " ".join(
-        report.headline(report.read_run(run_dir))[1])
+        report.headline(report.read_run(run_dir))[1]
+    )
 
 
 def test_a_fall_in_form_is_a_warning(tmp_path, run_dir):
@@ -280,10 +330,15 @@ def test_a_split_that_only_one_iteration_has(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("RUN.json", "restore it"), ("config.json", "restore it"), ("metrics.jsonl", "train"), ("events.jsonl", "empty"),
-     ("iter_000/eval/summary.json", "Run the evaluation of base again"),
-     ("iter_001/eval/results.jsonl", "Run the evaluation of iteration 1 again"),
-     ("iter_001/sample/DONE.json", "Run the sample stage of iteration 1 again")],
+    [
+        ("RUN.json", "restore it"),
+        ("config.json", "restore it"),
+        ("metrics.jsonl", "train"),
+        ("events.jsonl", "empty"),
+        ("iter_000/eval/summary.json", "Run the evaluation of base again"),
+        ("iter_001/eval/results.jsonl", "Run the evaluation of iteration 1 again"),
+        ("iter_001/sample/DONE.json", "Run the sample stage of iteration 1 again"),
+    ],
 )
 def test_missing_files_are_named(tmp_path, name, remedy):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
@@ -334,8 +389,12 @@ def test_constitution_posterior_by_hand():
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]), (0.61, 0.693, [0.6, 0.625, 0.65, 0.675, 0.7]), (-3.0, 9.0, [-5, 0, 5, 10]),
-     (2.0, 2.0, [2.0, 2.5])],
+    [
+        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]),
+        (0.61, 0.693, [0.6, 0.625, 0.65, 0.675, 0.7]),
+        (-3.0, 9.0, [-5, 0, 5, 10]),
+        (2.0, 2.0, [2.0, 2.5]),
+    ],
 )
 def test_nice_ticks(low, high, expected):
     ticks = report.nice_ticks(low, high)

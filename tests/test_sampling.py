@@ -28,7 +28,13 @@ def numpy_greedy(prompt: list[int], stop_mask: np.ndarray, max_new_tokens: int) 
 
 
 def sampled_rows(
-    prompts, stop_mask: np.ndarray = NO_STOP, *, width: int = 6, pad: int = 0, max_new_tokens: int = 8, decode=doubles.DECODE
+    prompts,
+    stop_mask: np.ndarray = NO_STOP,
+    *,
+    width: int = 6,
+    pad: int = 0,
+    max_new_tokens: int = 8,
+    decode=doubles.DECODE,
 ) -> list[tuple[list[int], bool]]:
     tokens = np.full((len(prompts), width), pad, np.int32)
     for row, prompt in enumerate(prompts):

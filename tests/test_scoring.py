@@ -116,9 +116,7 @@ class TestContrastiveLogps:
     def test_end_of_sequence_is_scored_as_one_more_token(self):
         width, response_width = batch_widths(PAIRS, round_to=1, eos_id=9)
         batch = make_batch(PAIRS, width=width, response_width=response_width, eos_id=9)
-        longer = [
-            doubles.pair(one.prompt_ids, [(*ids, 9) for ids in one.response_ids]) for one in PAIRS
-        ]
+        longer = [doubles.pair(one.prompt_ids, [(*ids, 9) for ids in one.response_ids]) for one in PAIRS]
         expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="sum") for one in longer])
         actual = contrastive_logps(doubles.score, PARAMS, batch, normalize="sum")
         np.testing.assert_allclose(actual, expected, **TOLERANCE)
@@ -202,9 +200,7 @@ class TestScorePairs:
     def test_batches_of_one_shape_share_a_trace(self):
         score = chex.assert_max_traces(doubles.score, n=1)
         for seed in range(3):
-            batch = make_batch(
-                doubles.random_pairs(2, vocab=VOCAB, seed=seed), width=12, response_width=6, eos_id=None
-            )
+            batch = make_batch(doubles.random_pairs(2, vocab=VOCAB, seed=seed), width=12, response_width=6, eos_id=None)
             contrastive_logps(score, PARAMS, batch, normalize="mean")
 
     def test_a_batch_split_over_devices_has_the_same_logps(self):

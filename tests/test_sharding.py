@@ -145,7 +145,10 @@ class TestEightDevices:
         for values, placed in states:
             for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
                 same = jax.tree.map(
-                    lambda actual, expected, x: actual.is_equivalent_to(expected, x.ndim), tree, shardings, values.params
+                    lambda actual, expected, x: actual.is_equivalent_to(expected, x.ndim),
+                    tree,
+                    shardings,
+                    values.params,
                 )
                 assert all(jax.tree.leaves(same)), same
         # and the weights' shards are a quarter of the whole, on a mesh where fsdp x tensor = 4

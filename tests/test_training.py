@@ -317,9 +317,7 @@ class TestOptimizers:
     )
     def test_adamw_is_torchs(self, b1, b2, eps, weight_decay):
         changes = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "weight_decay": weight_decay}
-        expected = adamw_by_torch(
-            self.start, self.gradients, lr=0.05, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
-        )
+        expected = adamw_by_torch(self.start, self.gradients, lr=0.05, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
         settings = TrainConfig(optimizer="adamw", learning_rate=0.05, **changes)
         self.assert_same(settings, expected)
 

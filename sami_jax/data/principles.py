@@ -44,6 +44,8 @@ def read_principles(path: Path) -> list[Principle]:
         texts = (principle.name, principle.definition, principle.antithesis)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise BadDataError(f"{path}, entry {index}: name, definition and antithesis must be non-empty text.")
+        if not isinstance(principle.held_out, bool):
+            raise BadDataError(f"{path}, entry {index}: held_out must be true or false.")
         principles.append(principle)
     names = [principle.name for principle in principles]
     if len(set(names)) != len(names):

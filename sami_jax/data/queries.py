@@ -42,6 +42,8 @@ def read_queries(path: Path) -> list[Query]:
         query = Query(**record)
         if not isinstance(query.example_id, str) or not isinstance(query.text, str) or not query.text.strip():
             raise BadDataError(f"{where}: example_id must be text, and text must be non-empty text.")
+        if not isinstance(query.facts, dict):
+            raise BadDataError(f"{where}: facts must be an object.")
         if query.example_id in seen:
             raise BadDataError(f"{where}: example_id {query.example_id!r} stands twice.")
         seen.add(query.example_id)

@@ -20,8 +20,8 @@ from sami_jax.model.huggingface import load_params, read_config, save_finetuned
 from sami_jax.model.layers import Block, rms_norm, rotate
 from sami_jax.types import Params
 
-# Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two layers
-# of sums in another order leave 4e-6.
+# Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two
+# layers of sums in another order leave 4e-6.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 assert_logits_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 

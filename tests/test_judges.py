@@ -1,0 +1,61 @@
+"""The miniature's judge: what a response follows, and how malformed ones lose."""
+
+import pytest
+
+from sami_jax.data.constitutions import Constitution
+from sami_jax.data.miniature import MARKERS, PRINCIPLES, draw_queries, write_summary
+from sami_jax.data.queries import Query
+from sami_jax.errors import BadDataError
+from sami_jax.evaluation.judges import Verdict, get_judge, judge_miniature
+
+[QUERY] = draw_queries(0, train=1, validation=0, test=0)["train"]
+BY_NAME = {p.name: p for p in PRINCIPLES}
+# Asks for the definition of tone and the antithesis of closing, and for nothing else.
+CONSTITUTION = Constitution(((BY_NAME["closing"], False), (BY_NAME["tone"], True)))
+
+
+def summary(**follows: bool) -> str:
+    return write_summary(QUERY.facts, dict.fromkeys(MARKERS, True) | follows)
+
+
+@pytest.mark.parametrize(
+    ("follows", "followed", "adherence"),
+    [
+        ({"tone": True, "closing": False}, {"closing": True, "tone": True}, 1.0),
+        ({"tone": False, "closing": False}, {"closing": True, "tone": False}, 0.5),
+        ({"tone": True, "closing": True}, {"closing": False, "tone": True}, 0.5),
+        ({"tone": False, "closing": True}, {"closing": False, "tone": False}, 0.0),
+    ],
+)
+def test_adherence_is_the_share_of_what_was_asked(follows, followed, adherence):
+    for detail in (True, False):  # what the constitution does not ask for does not count
+        verdict = judge_miniature(QUERY, CONSTITUTION, summary(**follows, detail=detail))
+        assert verdict == Verdict(True, True, followed)
+        assert (verdict.adherence, verdict.score, verdict.strict_score) == (adherence,) * 3
+
+
+def test_wrong_content_costs_the_strict_score_only():
+    other = QUERY.facts | {"name": "Nobody"}
+    verdict = judge_miniature(
+        QUERY, CONSTITUTION, write_summary(other, dict.fromkeys(MARKERS, True) | {"closing": False})
+    )
+    assert (verdict.well_formed, verdict.faithful) == (True, False)
+    assert (verdict.score, verdict.strict_score) == (1.0, -1.0)
+
+
+@pytest.mark.parametrize("response", ["", "great over", "news " * 20])
+def test_a_malformed_response_follows_nothing_and_loses_against_any_other(response):
+    malformed = judge_miniature(QUERY, CONSTITUTION, response)
+    assert malformed == Verdict(False, False, {"closing": False, "tone": False})
+    worst = judge_miniature(QUERY, CONSTITUTION, summary(tone=False, closing=True))
+    assert malformed.adherence == 0.0 and malformed.score < worst.score
+    assert malformed.strict_score == -1.0
+
+
+def test_a_query_of_another_world_is_refused_with_the_remedy():
+    with pytest.raises(BadDataError, match=r"Query 'reddit-1' has no fact '\w+'.*set config.evaluation.judge=none"):
+        judge_miniature(Query("reddit-1", "Who knows?"), CONSTITUTION, summary())
+
+
+def test_judges_by_name():
+    assert get_judge("none") is None and get_judge("miniature") is judge_miniature
