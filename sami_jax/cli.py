@@ -114,9 +114,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "train",
     )
     _add_model(score)
-    score.add_argument(
-        "--pairs", required=True, type=Path, help="JSON in the authors' format, one list per constitution"
-    )
+    score.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
     score.add_argument(
         "--normalize", choices=("mean", "sum"), help="a response's log-prob: mean over its tokens or sum"
     )
@@ -133,9 +131,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "train",
     )
     _add_model(train)
-    train.add_argument(
-        "--pairs", required=True, type=Path, help="JSON in the authors' format, one list per constitution"
-    )
+    train.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
     train.add_argument(
         "--out", required=True, type=Path, help="the trained folder; OUT.training keeps metrics and checkpoints"
     )
@@ -224,7 +220,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise BadConfigError("--config.* settings need --config; without it a run goes on with its own settings.")
     config = _load(arguments) if arguments.config else None
     from sami_jax import iterations
-    from sami_jax.report import summary_table
+    from sami_jax.report.tables import summary_table
 
     page = iterations.run(config, arguments.workdir)
     print(f"\n{summary_table(arguments.workdir)}\n\nReport: {page}")
@@ -298,7 +294,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from sami_jax.report import summary_table, write_report
+    from sami_jax.report.page import write_report
+    from sami_jax.report.tables import summary_table
 
     page = write_report(arguments.workdir)
     print(f"{summary_table(arguments.workdir)}\n\nReport: {page}")

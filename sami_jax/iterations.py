@@ -17,7 +17,7 @@ from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, SaveFailedError, StoppedError
 from sami_jax.model.huggingface import read_config
 from sami_jax.pretraining import pretrain
-from sami_jax.report import write_report
+from sami_jax.report.page import write_report
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 

@@ -260,38 +260,24 @@ def train_stage(
     """
     run_directory.begin(out, inputs=inputs)
     loaded = load_model(base, config)
-    _, counts = train_on_pairs(config, loaded, pairs, iteration=iteration, folder=out, log=log, safe_point=safe_point)
-    return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
-
-
-def train_on_pairs(
-    config: RunConfig,
-    loaded: LoadedModel,
-    pairs: Path,
-    *,
-    iteration: int,
-    folder: Path,
-    log: Log,
-    safe_point: SafePoint,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The optimizer steps of `train_stage`. Returns the final state and counts."""
     train, shape = config.train, loaded.model.config
     steps, size = train.steps[iteration - 1], train.queries_per_step
-    data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions - 1, vocab_size=shape.vocab_size)
+    eos_id = loaded.tokenizer.end_id() if train.train_eos else None
+    room = shape.max_positions - train.train_eos
+    data = read_pairs(pairs, loaded.tokenizer, max_positions=room, vocab_size=shape.vocab_size)
     schedule = [
         query_indices(len(data), step, seed=config.seed, iteration=iteration, queries_per_step=size)
         for step in range(steps)
     ]
     ids = [[data[i].example_id for i in indices] for indices in schedule]
-    run_directory.write_json(folder / "data.json", ids)
-    eos_id = _trained_eos(train, loaded.tokenizer)
+    run_directory.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
-    state = fresh_state(loaded, train)
-    step_fn = make_train_step(loaded.model.score, train)
-    sharding = _micro_batch_sharding(loaded.mesh)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    step_fn, sharding = make_train_step(loaded.model.score, train), _micro_batch_sharding(loaded.mesh)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        state = fresh_state(loaded, train)
         state = checkpoints.restore_latest(state) or state
         first = int(state.step)
+        passes = f"{len(data)} pairs, {steps * size / len(data):.1f} passes"
         progress = Progress(f"iteration {iteration}: training", steps, unit="steps", done=first, log_every_s=5.0)
         for step in range(first, steps):
             started = time.monotonic()
@@ -307,22 +293,17 @@ def train_on_pairs(
                     "applied. Look at these queries, and lower config.train.learning_rate if they are sound."
                 )
             scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
-            log(
-                {
-                    "iteration": iteration,
-                    "stage": "train",
-                    "step": step + 1,
-                    **scalars,
-                    "step_time_s": time.monotonic() - started,
-                }
-            )
-            progress.update(step + 1, f"loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats")
+            seconds = time.monotonic() - started
+            log({"iteration": iteration, "stage": "train", "step": step + 1, **scalars, "step_time_s": seconds})
+            note = f"{passes}, loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats"
+            progress.update(step + 1, note)
             if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(state)
             else:
                 checkpoints.save_if_stopped(state, safe_point)
     counts = {"steps": steps, "pairs": len(data), "width": width, "response_width": response_width}
-    return state, {**counts, "state": fingerprint(state)}
+    counts["state"] = fingerprint(state)
+    return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
 
 
 def fresh_state(loaded: LoadedModel, train: TrainConfig) -> TrainState:
@@ -556,10 +537,6 @@ def score_all(
         sharding=batch_sharding(loaded.mesh),
         scored=progress.update if progress else lambda done: None,
     )
-
-
-def _trained_eos(train: TrainConfig, tokenizer: Tokenizer) -> int | None:
-    return tokenizer.end_id() if train.train_eos else None
 
 
 def _micro_batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

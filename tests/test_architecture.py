@@ -19,11 +19,13 @@ ORDER = """
     model.config model.layers model.decoder model.huggingface
     checkpoints pretraining sampling scoring training
     evaluation.judges evaluation.win_rates evaluation.summary
-    stages report principle_writer iterations plan cli
+    stages
+    report.measures report.reading report.findings report.charts report.samples report.tables report.page
+    principle_writer iterations plan cli
 """.split()
 # The doors: `import sami_jax` and `python -m sami_jax` may know everything; the packages hold no code.
 DOORS = ["", "__main__"]
-PACKAGES = ["data", "model", "evaluation"]
+PACKAGES = ["data", "model", "evaluation", "report"]
 
 # What another training stack gets with losses.py.
 LOSS_IMPORTS = {"jax", "chex", "typing"} | set(sys.stdlib_module_names)

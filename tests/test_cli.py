@@ -52,7 +52,7 @@ def copy(model, tmp_path) -> pathlib.Path:
 
 def entries(**changes) -> dict:
     entry = {"prompt": "Summary:", "response": "ahoy, great.", "example_id": 7, **changes}
-    return {"0": [entry], "1": [{**entry, "response": "hello, awful."}]}
+    return {"0": [entry, {**entry, "response": "hello, awful."}]}
 
 
 def write(path: pathlib.Path, value) -> pathlib.Path:
@@ -135,19 +135,18 @@ def test_score_gives_matrix_loss_and_bound(model, tmp_path, capsys):
     [
         ("", ("line 1", "not valid JSON")),
         ('{"0": [', ("not valid JSON",)),
-        ({}, ("0 constitutions",)),
-        ([], ('keys "0", "1"',)),
-        ({"0": [], "1": []}, ("holds no pairs",)),
-        ({"0": entries()["0"]}, ("at least two",)),
-        ({"0": entries()["0"], "1": []}, ("different lengths",)),
-        (entries(response=3), ('"0", entry 0', "response must be text")),
+        ({}, ("holds no pairs",)),
+        ([], ("one key per query",)),
+        ({"0": []}, ("query '0'", "at least two")),
+        ({"0": entries()["0"], "1": entries()["0"] * 2}, ("query '1'", "4 constitutions")),
+        (entries(response=3), ("query '0', entry 0", "response must be text")),
         (entries(prompt=""), ("prompt is empty",)),
         (entries(example_id=None), ("example_id",)),
         (entries(response=" "), ("entry 0", "no tokens")),
         (entries(response_ids=[]), ("no tokens",)),
         (entries(response_ids=[100000]), ("outside the model's vocabulary",)),
-        (entries(prompt="word " * 300), ("example_id 7", "256 positions")),
-        ({"0": entries()["0"], "1": entries(example_id=8)["1"]}, ("differ between the constitutions",)),
+        (entries(prompt="word " * 300), ("query '0'", "room for 25")),
+        ({"0": [entries()["0"][0], entries(example_id=8)["0"][1]]}, ("different example_ids [7, 8]",)),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["score", "train"])

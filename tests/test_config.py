@@ -101,6 +101,11 @@ class TestRoundTrip:
         config = load_config(str(ROOT / "configs" / "miniature.py"))
         assert from_dict(json.loads(json.dumps(to_dict(config)))) == config != RunConfig()
 
+    def test_values_are_those_that_json_gives_back(self):
+        # A run compares its settings with those in its config.json.
+        plain = to_dict(RunConfig())
+        assert json.loads(json.dumps(plain)) == plain
+
     def test_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
             RunConfig().train.eps = 1.0

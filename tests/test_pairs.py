@@ -1,4 +1,4 @@
-"""Pairs in the authors' format: round trips, and mistakes named with file, list, entry and remedy."""
+"""Pairs in the authors' format: round trips, and mistakes named with file, query, entry and remedy."""
 
 import copy
 import json
@@ -13,10 +13,10 @@ TOKENIZER = doubles.byte_tokenizer(("Ġ", "T"), ("h", "e"), ("ĠT", "he"))
 AUTHORS = {
     "0": [
         {"prompt": "C0 POST: a\n\nSummary:", "response": "The first", "example_id": 3},
-        {"prompt": "C1 POST: b\n\nSummary:", "response": "é", "example_id": 8},
+        {"prompt": "C1 POST: a\n\nSummary:", "response": "second.", "example_id": 3},
     ],
     "1": [
-        {"prompt": "C1 POST: a\n\nSummary:", "response": "second.", "example_id": 3},
+        {"prompt": "C1 POST: b\n\nSummary:", "response": "é", "example_id": 8},
         {"prompt": "C0 POST: b\n\nSummary:", "response": "Then [x]", "example_id": 8},
     ],
 }
@@ -56,14 +56,19 @@ class TestRoundTrip:
         ]
         write_pairs(tmp_path / "pairs.json", pairs)
         assert read(tmp_path / "pairs.json") == pairs
-        keys = {key for column in json.loads((tmp_path / "pairs.json").read_text()).values() for key in column[0]}
+        written = json.loads((tmp_path / "pairs.json").read_text())
+        assert [len(entries) for entries in written.values()] == [3, 3]  # a key a query, an entry a constitution
+        keys = {key for entries in written.values() for key in entries[0]}
         assert keys == {"prompt", "response", "example_id", "response_ids"}
 
-    def test_lists_of_ten_constitutions_keep_their_order(self, tmp_path):
+    def test_queries_keep_their_order(self, tmp_path):
         # "10" sorts before "2" as text.
-        columns = {str(i): [{"prompt": f"p{i}", "response": f"r{i}", "example_id": 0}] for i in range(11)}
-        [pair] = read(write(tmp_path, columns))
-        assert pair.prompts == tuple(f"p{i}" for i in range(11))
+        entry = {"prompt": "p", "response": "r"}
+        queries = {str(i): [{**entry, "example_id": i}, {**entry, "example_id": i}] for i in range(11)}
+        pairs = read(write(tmp_path, queries))
+        assert [pair.example_id for pair in pairs] == list(range(11))
+        write_pairs(tmp_path / "again.json", pairs)
+        assert [pair.example_id for pair in read(tmp_path / "again.json")] == list(range(11))
 
 
 def changed(path: tuple, value) -> dict:
@@ -79,45 +84,43 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ([], 'expected an object with the keys "0", "1"'),
-            ({"0": [], "2": []}, 'expected an object with the keys "0", "1"'),
-            ({"positive": [], "negative": []}, 'expected an object with the keys "0", "1"'),
-            ({"0": AUTHORS["0"]}, "1 constitutions; SAMI contrasts at least two"),
-            ({"0": AUTHORS["0"], "1": {}}, "each constitution's value must be a list"),
-            ({"0": AUTHORS["0"], "1": AUTHORS["1"][:1]}, r"different lengths \[2, 1\]"),
-            ({"0": [], "1": []}, "holds no pairs"),
-            (changed(("1", 1), "x"), r'"1", entry 1: expected an object'),
-            (changed(("1", 0, "prompt"), None), r'"1", entry 0: prompt must be text'),
-            (changed(("0", 1, "response"), 3), r'"0", entry 1: response must be text'),
-            (changed(("0", 1, "example_id"), 1.5), r'"0", entry 1: example_id must be a text or a whole number'),
-            (changed(("0", 1, "example_id"), True), r'"0", entry 1: example_id must be'),
-            (changed(("1", 1, "prompt"), ""), r'"1", entry 1: the prompt is empty'),
-            (changed(("1", 1, "response_ids"), "5"), r'"1", entry 1: response_ids must be a list of whole numbers'),
-            (changed(("1", 1, "response_ids"), [5, True]), r'"1", entry 1: response_ids must be'),
-            (changed(("1", 1, "example_id"), 9), r"entry 1: the example_ids \[8, 9\] differ"),
+            ([], "expected an object with one key per query .* found a list"),
+            ({}, "holds no pairs"),
+            ({"0": AUTHORS["0"][:1]}, "query '0': expected a list with one entry per constitution, at least two"),
+            ({"0": {}}, "query '0': expected a list"),
+            ({**AUTHORS, "2": AUTHORS["1"] * 2}, "query '2': 4 constitutions, but the queries before it have 2"),
+            (changed(("1", 1), "x"), "query '1', entry 1: expected an object"),
+            (changed(("1", 0, "prompt"), None), "query '1', entry 0: prompt must be text"),
+            (changed(("0", 1, "response"), 3), "query '0', entry 1: response must be text"),
+            (changed(("0", 1, "example_id"), 1.5), "query '0', entry 1: example_id must be a text or a whole number"),
+            (changed(("0", 1, "example_id"), True), "query '0', entry 1: example_id must be"),
+            (changed(("1", 1, "prompt"), ""), "query '1', entry 1: the prompt is empty"),
             (
-                changed(("1", 1, "response"), " \n"),
-                r'"1", entry 1 \(example_id 8\): the response has no tokens; remove',
+                changed(("1", 1, "response_ids"), "5"),
+                "query '1', entry 1: response_ids must be a list of whole numbers",
             ),
-            (changed(("0", 0, "response_ids"), []), r'"0", entry 0 \(example_id 3\): the response has no tokens'),
+            (changed(("1", 1, "response_ids"), [5, True]), "query '1', entry 1: response_ids must be"),
+            (changed(("1", 1, "example_id"), 9), r"query '1': its entries have different example_ids \[8, 9\]"),
+            (changed(("1", 1, "response"), " \n"), "query '1', entry 1: the response has no tokens; remove"),
+            (changed(("0", 0, "response_ids"), []), "query '0', entry 0: the response has no tokens"),
             (
                 changed(("0", 0, "response_ids"), [TOKENIZER.vocab_size]),
-                r'"0", entry 0 \(example_id 3\): a response id is outside the model\'s vocabulary of \d+ tokens',
+                r"query '0', entry 0: a response id is outside the model's vocabulary of \d+ tokens",
             ),
-            (changed(("0", 0, "response_ids"), [-1]), r'"0", entry 0 .*: a response id is outside'),
+            (changed(("0", 0, "response_ids"), [-1]), "query '0', entry 0: a response id is outside"),
         ],
     )
-    def test_are_named_with_file_list_and_entry(self, tmp_path, value, message):
+    def test_are_named_with_file_query_and_entry(self, tmp_path, value, message):
         with pytest.raises(BadDataError, match=rf"pairs.json.*{message}"):
             read(write(tmp_path, value))
 
     def test_the_longest_prompt_and_response_must_fit_together(self, tmp_path):
         # Every prompt meets every response, so the longest of each count, whichever constitution they are of.
         lists = changed(("0", 0, "prompt"), "p" * 30)
-        lists["1"][0]["response"] = "r" * 19  # and its space: 20 tokens
+        lists["0"][1]["response"] = "r" * 19  # and its space: 20 tokens
         path = write(tmp_path, lists)
         assert len(read(path, max_positions=50)) == 2
-        with pytest.raises(BadDataError, match=r"entry 0 \(example_id 3\): .* have 50 tokens, but the model has 49"):
+        with pytest.raises(BadDataError, match="query '0': .* have 50 tokens, but the model has room for 49"):
             read(path, max_positions=49)
 
     def test_a_tokenizer_of_another_model_is_noticed(self, tmp_path):
@@ -125,5 +128,5 @@ class TestMistakes:
         for column in lists.values():
             for entry in column:
                 entry["response_ids"] = [2]
-        with pytest.raises(BadDataError, match=r"entry 0: the tokenizer gives ids beyond .*do not belong together"):
+        with pytest.raises(BadDataError, match="query '0': the tokenizer gives ids beyond .*do not belong together"):
             read(write(tmp_path, lists), vocab_size=20)

@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sami_jax import report
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
+from sami_jax.report import charts
+from sami_jax.report.findings import headline
+from sami_jax.report.page import duration, write_report
+from sami_jax.report.reading import read_run
+from sami_jax.report.samples import constitution_posterior, samples_by_split
+from sami_jax.report.tables import summary_table
 
 PRINCIPLES = {"learned": ("tone", "greeting"), "held_out": ("source", "closing")}
 WORDS = {
@@ -51,7 +56,7 @@ def _result(rng, split: str, index: int, skill: float, malformed: float) -> dict
         )
     contrast = 2.0 * (skill - 0.5) * sum(v["adherence"] for v in verdicts) / 2
     logps = -0.6 - rng.random((2, 2)) * 0.1 - (1 - np.eye(2)) * contrast
-    over_constitutions = -np.mean(np.log(np.diag(report.constitution_posterior(logps))))
+    over_constitutions = -np.mean(np.log(np.diag(constitution_posterior(logps))))
     return {
         "split": split,
         "example_id": f"{split}-{index}",
@@ -77,16 +82,18 @@ def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict
         mi, base_mi = (np.array([row["mi_nats"] for row in part]) for part in (rows, base_rows))
         entry = {
             "n_queries": len(rows),
+            "n_unscored": 0,
             "mi_nats": _as_json(mean_with_interval(mi)),
             "length_tokens": _as_json(mean_with_interval([np.mean(row["response_tokens"]) for row in rows])),
             "base_logp": _as_json(mean_with_interval(-0.4 - 0.02 * iteration + 0.1 * over("adherence", rows))),
-            "diagnostics": {"ignored": 1},
+            "distinct": None,
             "judge": "miniature" if judged else None,
             "mi_gain_nats": _as_json(mean_with_interval(mi - base_mi)) if iteration else None,
         }
         for key in ("adherence", "well_formed", "faithful"):
             entry[key] = _as_json(mean_with_interval(over(key, rows))) if judged else None
         entry |= {"win_rate": None, "strict_win_rate": None, "adherence_gain": None, "per_principle": None}
+        entry |= {"wins": None, "losses": None, "ties": None}
         if judged:
             entry["per_principle"] = {
                 name: _as_json(
@@ -167,7 +174,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run_dir) -> str:
-    return report.write_report(run_dir).read_text(encoding="utf-8")
+    return write_report(run_dir).read_text(encoding="utf-8")
 
 
 def _text(html: str) -> str:
@@ -177,7 +184,7 @@ def _text(html: str) -> str:
 
 
 def _h1(run_dir: Path) -> str:
-    return report.headline(report.read_run(run_dir))[0]
+    return headline(read_run(run_dir))[0]
 
 
 def test_page_holds_the_exact_numbers(run_dir, page):
@@ -206,9 +213,9 @@ def test_page_makes_no_requests(page):
 
 
 def test_same_files_give_the_same_bytes(run_dir, tmp_path):
-    first = report.write_report(run_dir).read_bytes()
-    assert report.write_report(run_dir).read_bytes() == first
-    assert report.write_report(write_run(tmp_path / "elsewhere")).read_bytes() == first
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+    assert write_report(write_run(tmp_path / "elsewhere")).read_bytes() == first
     assert [path.name for path in (run_dir / "report").iterdir()] == ["index.html"]  # no temporary file stays
 
 
@@ -223,31 +230,16 @@ def test_tags_are_balanced(page):
     assert stack == []
 
 
-def test_funnel_sums(run_dir):
-    funnel = report.funnel_tables(report.read_run(run_dir))
-    first = funnel["columns"][0]
-    assert (first["sampled"], first["kept"], first["dropped"]) == (
-        821,
-        512,
-        {"identical": 302, "empty": 0, "unfinished": 7},
-    )
-    for column in funnel["columns"]:
-        assert column["kept"] + sum(column["dropped"].values()) == column["sampled"]
-        assert sum(percent for *_, percent in column["segments"]) == pytest.approx(100, abs=0.05)
-    assert not funnel["has_unaccounted"]
-
-
-def test_a_funnel_that_does_not_add_up_is_shown(tmp_path):
-    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
-    path = run_dir / "iter_001/sample/DONE.json"
-    counts = json.loads(path.read_text())["counts"]
-    _write(path, {"counts": counts | {"sampled": counts["sampled"] + 5}})
-    assert "not accounted for (sampled − dropped − kept) 5 " in _text(report.write_report(run_dir).read_text())
+def test_funnel_counts(run_dir, page):
+    text = _text(page)
+    assert "sampled 821 1334 1847" in text  # 512 k + 301 + k + 7
+    assert "dropped: identical 302 303 304 dropped: empty 0 0 0 dropped: unfinished 7 7 7" in text
+    assert "kept 512 62.4 % of sampled 1024 76.8 % of sampled" in text  # 512 / 821, 1024 / 1334
 
 
 def test_headline_follows_the_numbers(tmp_path, run_dir):
     assert "the model beats its base on the learned principles" in _h1(run_dir)
-    rest = " ".join(report.headline(report.read_run(run_dir))[1])
+    rest = " ".join(headline(read_run(run_dir)))
     assert "There is no measurable difference from the base on the held-out principles" in rest
     assert "The share of principles followed rose on the learned principles, 57.1 → 90.6 %" in rest
     assert "; it did not change measurably on the held-out principles, 62.3 → 62.3 %" in rest
@@ -255,7 +247,7 @@ def test_headline_follows_the_numbers(tmp_path, run_dir):
 
     worse = write_run(tmp_path / "worse", skills=(0.9, 0.6))
     assert "After 1 iteration, the model loses to its base on the learned principles" in _h1(worse)
-    assert "The share of principles followed fell on" in " ".join(report.headline(report.read_run(worse))[1])
+    assert "The share of principles followed fell on" in " ".join(headline(read_run(worse)))
 
     same = write_run(tmp_path / "same", skills=(0.6, 0.6))
     assert "there is no measurable difference from the base on the learned principles" in _h1(same)
@@ -291,22 +283,20 @@ def test_rising_information_without_wins_is_called_no_improvement(tmp_path):
         win_rate={"mean": 0.5, "low": 0.4, "high": 0.6, "n": 8},
         mi_gain_nats={"mean": 0.2, "low": 0.1, "high": 0.3, "n": 8},
     )
-    assert "By itself that is no improvement: the judge saw none." in " ".join(
-        report.headline(report.read_run(run_dir))[1]
-    )
+    assert "By itself that is no improvement: the judge saw none." in " ".join(headline(read_run(run_dir)))
 
 
 def test_a_fall_in_form_is_a_warning(tmp_path, run_dir):
-    assert "Warning: well-formed" not in " ".join(report.headline(report.read_run(run_dir))[1])
+    assert "Warning: well-formed" not in " ".join(headline(read_run(run_dir)))
     broken = write_run(tmp_path / "run", skills=(0.6, 0.9), malformed=(0.0, 0.3))
-    sentences = report.headline(report.read_run(broken))[1]
+    sentences = headline(read_run(broken))
     assert any(s.startswith("Warning: well-formed responses fell on the learned principles, 100.0") for s in sentences)
     assert "No fall in form" not in " ".join(sentences)
 
 
 def test_base_only(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6,))
-    text = _text(report.write_report(run_dir).read_text())
+    text = _text(write_report(run_dir).read_text())
     assert "Only the base model has been evaluated so far, so nothing can be said yet about SAMI." in text
     assert "No training step has been recorded yet." in text and "No iteration has sampled" in text
     assert "Curves appear once" in text and "beats" not in text and "Before and after" not in text
@@ -314,77 +304,88 @@ def test_base_only(tmp_path):
 
 def test_without_a_judge(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.9), judged=False)
-    text = _text(report.write_report(run_dir).read_text())
+    text = _text(write_report(run_dir).read_text())
     assert "no win rate: there was no judge" in text and "Form and content were not judged." in text
     assert "not judged" in text and "Principle by principle" not in text
 
 
-def test_a_split_that_only_one_iteration_has(tmp_path):
-    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.9), n=10)
-    path = run_dir / "iter_001/eval/summary.json"
-    summary = json.loads(path.read_text())
-    del summary["splits"]["held_out"]
-    _write(path, summary)
-    assert "Held-out principles" in _text(report.write_report(run_dir).read_text())
+def test_an_empty_response_has_no_scores(tmp_path):
+    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.9), n=8)
+    _with_learned(run_dir, n_unscored=1)
+    path = run_dir / "iter_001/eval/results.jsonl"
+    first, *rest = (json.loads(line) for line in path.read_text().splitlines())
+    first["responses"][0] = ""
+    _write(path, [first | {"logps": None, "mi_nats": None}, *rest])
+    text = _text(write_report(run_dir).read_text())
+    assert "(empty)" in text and "iteration 1: a response is empty, so it has no log-probability." in text
+    assert "Queries with an empty response, without mutual information and likelihood 0 1" in text
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
+    ("name", "words"),
     [
-        ("RUN.json", "restore it"),
-        ("config.json", "restore it"),
-        ("metrics.jsonl", "train"),
-        ("events.jsonl", "empty"),
-        ("iter_000/eval/summary.json", "Run the evaluation of base again"),
-        ("iter_001/eval/results.jsonl", "Run the evaluation of iteration 1 again"),
-        ("iter_001/sample/DONE.json", "Run the sample stage of iteration 1 again"),
+        ("RUN.json", "RUN.json does not exist"),
+        ("config.json", "config.json does not exist"),
+        ("iter_000/eval/summary.json", "no evaluation of its base"),
+        ("iter_001/eval/results.jsonl", "iter_001/eval/results.jsonl does not exist"),
     ],
 )
-def test_missing_files_are_named(tmp_path, name, remedy):
+def test_missing_files_are_named(tmp_path, name, words):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
     (run_dir / name).unlink()
-    with pytest.raises(BadDataError, match=f"{name}: this file is missing.*{remedy}"):
-        report.write_report(run_dir)
+    with pytest.raises(BadDataError, match=words):
+        write_report(run_dir)
     assert not (run_dir / "report").exists()
 
 
-def test_malformed_files_are_refused(tmp_path):
+def test_malformed_files_are_named(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
-    with pytest.raises(BadDataError, match=r"summary\.json: splits\.learned\.mi_nats\.mean must be a finite number"):
-        report.write_report(_with_learned(run_dir, mi_nats={"mean": float("nan"), "low": 0, "high": 1, "n": 8}))
-    run_dir = write_run(tmp_path / "other", skills=(0.6, 0.7), n=8)
+    with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json .*mi_nats is .*nan"):
+        write_report(_with_learned(run_dir, mi_nats={"mean": float("nan"), "low": 0, "high": 1, "n": 8}))
+    with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json .*unexpected keyword argument 'sd'"):
+        write_report(_with_learned(run_dir, mi_nats={"mean": 0.5, "sd": 1, "n": 8}))
+
+    run_dir = write_run(tmp_path / "lengths", skills=(0.6,), n=8)
+    path = run_dir / "iter_000/eval/results.jsonl"
+    first, *rest = (json.loads(line) for line in path.read_text().splitlines())
+    _write(path, [first | {"responses": ["one"]}, *rest])
+    with pytest.raises(BadDataError, match=r"results\.jsonl .*learned-0 has not one response"):
+        write_report(run_dir)
+
+    run_dir = write_run(tmp_path / "order", skills=(0.6, 0.7), n=8)
     path = run_dir / "iter_001/eval/results.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     with pytest.raises(BadDataError, match="another order"):
-        report.write_report(run_dir)
+        write_report(run_dir)
 
 
 def test_the_last_line_of_a_step_wins_and_a_torn_one_is_left_out(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"iteration": 1, "stage": "train", "step": 2, "loss": 0.125, "mi_nats": 0.5}) + "\n")
+        file.write(
+            json.dumps({"iteration": 1, "stage": "train", "step": 2, "loss": 0.125, "mi_nats": 0.5, "kl": 0}) + "\n"
+        )
         file.write('{"iteration": 1, "stage": "train", "st')
-    rows = report.read_run(run_dir).train_steps[1]
-    assert [row["step"] for row in rows] == list(range(1, 9))
-    assert rows[1]["loss"] == 0.125
+    steps = read_run(run_dir).train_steps[1]
+    assert [step.step for step in steps] == list(range(1, 9))
+    assert steps[1].loss == 0.125
 
 
 def test_samples_follow_the_rule(run_dir):
-    run = report.read_run(run_dir)
-    for group in report.sample_groups(run):
-        shown = [card["example_id"].split("-")[1] for card in group["cards"]]
-        assert shown[:6] == ["0", "1", "2", "3", "4", "5"]
-        assert [card["is_changed"] for card in group["cards"]] == [False] * 6 + [True] * (len(shown) - 6)
-        assert len(shown) <= 10
-    held_out = report.sample_groups(run)[1]
-    assert len(held_out["cards"]) == 6  # the synthetic held-out answers never change
+    groups = samples_by_split(read_run(run_dir))
+    for group in groups.values():
+        shown = [int(sample.base.example_id.split("-")[1]) for sample in group]
+        assert shown[:6] == [0, 1, 2, 3, 4, 5] and shown == sorted(shown)
+        assert [sample.is_changed for sample in group] == [False] * 6 + [True] * (len(shown) - 6)
+    assert len(groups["learned"]) == 10
+    assert len(groups["held_out"]) == 6  # the synthetic held-out answers never change
 
 
 def test_constitution_posterior_by_hand():
     # column 0: e^0 / (e^0 + e^-log 3) = 1 / (1 + 1/3) = 0.75; column 1 is even
-    posterior = report.constitution_posterior(np.array([[0.0, -2.0], [-np.log(3), -2.0]]))
+    posterior = constitution_posterior(np.array([[0.0, -2.0], [-np.log(3), -2.0]]))
     np.testing.assert_allclose(posterior, [[0.75, 0.5], [0.25, 0.5]])
-    np.testing.assert_allclose(report.constitution_posterior(np.array([[-5000.0], [-5001.0]])).sum(), 1.0)
+    np.testing.assert_allclose(constitution_posterior(np.array([[-5000.0], [-5001.0]])).sum(), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -397,26 +398,26 @@ def test_constitution_posterior_by_hand():
     ],
 )
 def test_nice_ticks(low, high, expected):
-    ticks = report.nice_ticks(low, high)
+    ticks = charts.nice_ticks(low, high)
     np.testing.assert_allclose(ticks, expected)
     assert ticks[0] <= low and ticks[-1] >= high
 
 
 def test_charts_stay_inside_their_frame(run_dir):
-    run = report.read_run(run_dir)
-    for chart in report.iteration_charts(run) + report.training_charts(run):
+    run = read_run(run_dir)
+    for chart in charts.iteration_charts(run) + charts.training_charts(run):
         for series in chart.series:
             for mark in series.marks:
-                assert report.LEFT <= mark.x <= report.WIDTH - report.RIGHT
-                assert report.TOP <= mark.y <= report.HEIGHT - report.BOTTOM
+                assert charts.LEFT <= mark.x <= charts.WIDTH - charts.RIGHT
+                assert charts.TOP <= mark.y <= charts.HEIGHT - charts.BOTTOM
 
 
 def test_durations():
-    assert [report.duration(s) for s in (4.24, 59.96, 185, 7620)] == ["4.2 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+    assert [duration(s) for s in (4.24, 59.96, 185, 7620)] == ["4.2 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
 
 
 def test_summary_table(run_dir):
-    lines = report.summary_table(run_dir).splitlines()
+    lines = summary_table(run_dir).splitlines()
     assert "learned principles" in lines[0] and "held-out principles" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["base", "1", "2", "3"]
     win = json.loads((run_dir / "iter_003/eval/summary.json").read_text())["splits"]["learned"]["win_rate"]

@@ -71,6 +71,14 @@ class TestAtomicWrites:
             raise PowerCut
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
+    def test_a_reader_sees_the_old_file_or_the_new_one_and_never_a_piece(self, tmp_path):
+        path = tmp_path / "value.txt"
+        write_text(path, "old")
+        with path.open() as reader:
+            write_text(path, "the new text")
+            assert reader.read() == "old"  # the new text is another file, which took the name
+        assert path.read_text() == "the new text"
+
     def test_killed_half_way_leaves_the_old_file_and_begin_clears_up(self, tmp_path):
         write_text(tmp_path / "value.txt", "old")
         code = (

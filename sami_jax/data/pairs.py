@@ -32,84 +32,95 @@ class Pair:
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Writes `{"0": [{"prompt", "response", "example_id", "response_ids"}, ...], "1": [...], ...}`.
 
-    The first three keys are the authors'; `response_ids` keeps the tokens that were sampled.
+    One key per query, in order; one list entry per constitution. The first three fields are the authors';
+    `response_ids` keeps the tokens that were sampled.
     """
-    count = len(pairs[0].prompts) if pairs else 0
-    lists = {
-        str(i): [
-            {
-                "prompt": pair.prompts[i],
-                "response": pair.responses[i],
-                "example_id": pair.example_id,
-                "response_ids": list(pair.response_ids[i]),
-            }
-            for pair in pairs
+    queries = {
+        str(number): [
+            {"prompt": prompt, "response": response, "example_id": pair.example_id, "response_ids": list(ids)}
+            for prompt, response, ids in zip(pair.prompts, pair.responses, pair.response_ids, strict=True)
         ]
-        for i in range(count)
+        for number, pair in enumerate(pairs)
     }
-    write_json(path, lists)
+    write_json(path, queries, sort_keys=False)
 
 
 def read_pairs(path: Path, tokenizer: Tokenizer, *, max_positions: int, vocab_size: int) -> list[Pair]:
-    """Reads a file of the authors' format, with or without `response_ids`.
+    """Reads a file of the authors' format, with or without `response_ids`, in the file's order.
 
     Args:
-      path: the JSON file: one list per constitution, aligned by position and `example_id`.
+      path: the JSON file: one key per query, whose list has one entry per constitution, equally many for all queries.
       tokenizer: gives the ids of prompts, and of responses that have none.
       max_positions: the model's longest sequence, in tokens.
       vocab_size: the model's V; every id is below it.
 
     Raises:
-      BadDataError: the file, the constitution's list, the entry, what is wrong and the remedy.
+      BadDataError: the file, the query's key, the entry, what is wrong and the remedy.
     """
-    lists = read_json(path)
-    if not isinstance(lists, dict) or sorted(lists, key=str) != sorted(str(i) for i in range(len(lists))):
-        raise BadDataError(f'{path}: expected an object with the keys "0", "1", ..., one list per constitution.')
-    if len(lists) < 2:
-        raise BadDataError(f"{path}: {len(lists)} constitutions; SAMI contrasts at least two.")
-    columns = [lists[str(i)] for i in range(len(lists))]
-    if not all(isinstance(column, list) for column in columns):
-        raise BadDataError(f"{path}: each constitution's value must be a list of entries.")
-    lengths = [len(column) for column in columns]
-    if len(set(lengths)) != 1:
+    queries = read_json(path)
+    if not isinstance(queries, dict):
         raise BadDataError(
-            f"{path}: the constitutions' lists have different lengths {lengths}; entry i is query i in all."
+            f'{path}: expected an object with one key per query ("0", "1", ...), but found {_kind(queries)}.'
         )
-    if not lengths[0]:
+    if not queries:
         raise BadDataError(f"{path} holds no pairs.")
-    pairs = []
-    for index, entries in enumerate(zip(*columns, strict=True)):
+    pairs: list[Pair] = []
+    for key, entries in queries.items():
+        where = f"{path}, query {key!r}"
+        if not isinstance(entries, list) or len(entries) < 2:
+            raise BadDataError(f"{where}: expected a list with one entry per constitution, at least two.")
         for constitution, entry in enumerate(entries):
-            _check_entry(entry, f'{path}, "{constitution}", entry {index}')
-        ids = [entry["example_id"] for entry in entries]
-        if len(set(ids)) != 1:
-            raise BadDataError(f"{path}, entry {index}: the example_ids {ids} differ between the constitutions.")
-        prompts, responses = (tuple(entry[key] for entry in entries) for key in ("prompt", "response"))
-        prompt_ids = tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts)
-        response_ids = []
-        for constitution, entry in enumerate(entries):
-            where = f'{path}, "{constitution}", entry {index} (example_id {ids[0]!r})'
-            tokens = entry.get("response_ids")
-            if tokens is None:
-                tokens = tokenizer.response_ids(entry["response"], prompt=entry["prompt"])
-            if not tokens:
-                raise BadDataError(f"{where}: the response has no tokens; remove this query from all lists.")
-            if not all(0 <= token < vocab_size for token in tokens):
-                raise BadDataError(f"{where}: a response id is outside the model's vocabulary of {vocab_size} tokens.")
-            response_ids.append(tuple(tokens))
-        longest = max(map(len, prompt_ids)) + max(map(len, response_ids))
-        if longest > max_positions:
+            _check_entry(entry, f"{where}, entry {constitution}")
+        pair = _to_pair(entries, tokenizer, where)
+        if pairs and len(entries) != len(pairs[0].prompts):
             raise BadDataError(
-                f"{path}, entry {index} (example_id {ids[0]!r}): prompt and response have {longest} tokens, but the "
-                f"model has {max_positions} positions; shorten or remove this query."
+                f"{where}: {len(entries)} constitutions, but the queries before it have {len(pairs[0].prompts)}."
             )
-        if max((token for row in prompt_ids for token in row), default=0) >= vocab_size:
-            raise BadDataError(
-                f"{path}, entry {index}: the tokenizer gives ids beyond the model's vocabulary of {vocab_size} tokens; "
-                "the tokenizer and the weights in the model folder do not belong together."
-            )
-        pairs.append(Pair(ids[0], prompts, responses, prompt_ids, tuple(response_ids)))
+        _check_fit(pair, where, max_positions=max_positions, vocab_size=vocab_size)
+        pairs.append(pair)
     return pairs
+
+
+def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, where: str) -> Pair:
+    ids = [entry["example_id"] for entry in entries]
+    if len(set(ids)) != 1:
+        raise BadDataError(f"{where}: its entries have different example_ids {ids}; a query has one.")
+    prompts, responses = (tuple(entry[key] for entry in entries) for key in ("prompt", "response"))
+    response_ids = []
+    for constitution, entry in enumerate(entries):
+        tokens = entry.get("response_ids")
+        if tokens is None:
+            tokens = tokenizer.response_ids(entry["response"], prompt=entry["prompt"])
+        if not tokens:
+            raise BadDataError(f"{where}, entry {constitution}: the response has no tokens; remove this query.")
+        response_ids.append(tuple(tokens))
+    prompt_ids = tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts)
+    return Pair(ids[0], prompts, responses, prompt_ids, tuple(response_ids))
+
+
+def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -> None:
+    longest = max(map(len, pair.prompt_ids)) + max(map(len, pair.response_ids))
+    if longest > max_positions:
+        raise BadDataError(
+            f"{where}: prompt and response have {longest} tokens, but the model has room for {max_positions}; shorten or "
+            "remove this query."
+        )
+    for constitution, (prompt, response) in enumerate(zip(pair.prompt_ids, pair.response_ids, strict=True)):
+        if not all(0 <= token < vocab_size for token in response):
+            raise BadDataError(
+                f"{where}, entry {constitution}: a response id is outside the model's vocabulary of {vocab_size} tokens."
+            )
+        if not prompt:
+            raise BadDataError(f"{where}, entry {constitution}: the prompt has no tokens.")
+        if max(prompt) >= vocab_size:
+            raise BadDataError(
+                f"{where}: the tokenizer gives ids beyond the model's vocabulary of {vocab_size} tokens; the tokenizer "
+                "and the weights in the model folder do not belong together."
+            )
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text"}.get(type(value), "a single value")
 
 
 def _check_entry(entry: Any, where: str) -> None:

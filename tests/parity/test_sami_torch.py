@@ -81,7 +81,7 @@ def prepared(request, tmp_path_factory) -> Prepared:
             ]
         )
     path = folder.parent / f"{request.param}_pairs.json"
-    path.write_text(json.dumps({str(c): [query[c] for query in texts] for c in range(2)}))
+    path.write_text(json.dumps({str(number): query for number, query in enumerate(texts)}))
     return Prepared(folder, path, texts)
 
 

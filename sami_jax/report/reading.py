@@ -1,0 +1,244 @@
+"""Reads the files of a run directory into frozen structs."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sami_jax.errors import BadDataError
+from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.report.measures import METRICS, SPLIT_LABELS
+from sami_jax.run_directory import read_json, read_jsonl, read_log
+
+ESTIMATES = [key for metric in METRICS for key in (metric.key, metric.gain_key) if key]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSummary:
+    """The numbers of one split at one iteration."""
+
+    n_queries: int
+    n_unscored: int  # queries with an empty response, which has no log-probability
+    estimates: Mapping[str, Estimate]  # metric or gain key -> estimate; what was not measured is absent
+    per_principle: Mapping[str, Estimate]  # principle -> adherence
+    wins: int | None
+    ties: int | None
+    losses: int | None
+    judge: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One eval/summary.json."""
+
+    iteration: int
+    normalize: str  # "mean" or "sum": which log-probabilities the mutual information was computed from
+    ceiling_nats: float
+    splits: Mapping[str, SplitSummary]  # learned first
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryResult:
+    """One line of eval/results.jsonl: C constitutions, one response each."""
+
+    split: str
+    example_id: str
+    query: str
+    constitutions: Sequence[str]
+    responses: Sequence[str]
+    response_tokens: Sequence[int]
+    logps: np.ndarray | None  # [C, R]: log p(response r | query, constitution c); None: a response is empty
+    mi_nats: float | None
+    verdicts: Sequence[Mapping[str, Any]] | None  # C of them; None: no judge
+
+    def per_query(self, key: str) -> float | None:
+        """This query's value of a metric, the mean over its constitutions; None where it is not known."""
+        if key == "mi_nats":
+            return self.mi_nats
+        if key == "length_tokens":
+            return sum(self.response_tokens) / len(self.response_tokens)
+        if key not in ("adherence", "well_formed", "faithful") or self.verdicts is None:
+            return None
+        return sum(float(verdict[key]) for verdict in self.verdicts) / len(self.verdicts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Funnel:
+    """What became of an iteration's queries: `counts` of sample/DONE.json."""
+
+    queries: int
+    sampled: int
+    kept: int
+    dropped: Mapping[str, int]  # rule -> queries
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One line of metrics.jsonl, as far as it is drawn; all in nats, on the training batch."""
+
+    step: int
+    loss: float
+    mi_nats: float
+    kl: float  # per response token; 0 where it was not computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the page is made from."""
+
+    info: Mapping[str, Any]
+    config: Mapping[str, Any]
+    evaluations: Sequence[Evaluation]  # the base first
+    base_results: Sequence[QueryResult]
+    last_results: Sequence[QueryResult] | None  # the same queries; None: only the base has been evaluated
+    funnels: Mapping[int, Funnel]  # by iteration
+    train_steps: Mapping[int, Sequence[TrainStep]]  # by iteration, then step
+    stage_times: Mapping[tuple[int, str], float]  # (iteration, stage) -> seconds
+    unfinished: Sequence[int]  # iterations that began and have no evaluation
+
+    @property
+    def base(self) -> Evaluation:
+        return self.evaluations[0]
+
+    @property
+    def last(self) -> Evaluation:
+        return self.evaluations[-1]
+
+
+def read_run(run_dir: Path) -> Run:
+    """Reads a run directory.
+
+    Raises:
+      BadDataError: the base was not evaluated, or a file is malformed; the message names it.
+    """
+    evaluations = read_evaluations(run_dir)
+    folders = _iteration_folders(run_dir)
+    evaluated = [evaluation.iteration for evaluation in evaluations]
+    last = evaluated[-1]
+    base_results = _read_results(folders[0])
+    last_results = _read_results(folders[last]) if last else None
+    if last_results is not None and _ids(last_results) != _ids(base_results):
+        raise BadDataError(
+            f"{folders[last] / 'eval' / 'results.jsonl'} holds other queries than iter_000's, or in another order; "
+            f"delete {folders[last] / 'eval'} and go on with the run."
+        )
+    return Run(
+        info=read_json(run_dir / "RUN.json"),
+        config=read_json(run_dir / "config.json"),
+        evaluations=evaluations,
+        base_results=base_results,
+        last_results=last_results,
+        funnels=_read_funnels(folders),
+        train_steps=_read_train_steps(run_dir / "metrics.jsonl"),
+        stage_times=_read_stage_times(run_dir / "events.jsonl"),
+        unfinished=[iteration for iteration in folders if iteration not in evaluated],
+    )
+
+
+def read_evaluations(run_dir: Path) -> list[Evaluation]:
+    """The evaluations of a run, the base first.
+
+    Raises:
+      BadDataError: the base was not evaluated, or a summary is malformed.
+    """
+    paths = {i: folder / "eval" / "summary.json" for i, folder in _iteration_folders(run_dir).items()}
+    found = [_read_evaluation(path, iteration) for iteration, path in paths.items() if path.exists()]
+    if not found or found[0].iteration != 0:
+        raise BadDataError(f"{run_dir} has no evaluation of its base (iter_000); go on with `sami run` first.")
+    return found
+
+
+def _iteration_folders(run_dir: Path) -> dict[int, Path]:
+    folders = {path.name.removeprefix("iter_"): path for path in run_dir.glob("iter_*")}
+    return dict(sorted((int(number), path) for number, path in folders.items() if number.isdecimal()))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a malformed file is taken apart into one sentence that names it."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadDataError(
+            f"{path} is not as a run writes it ({type(error).__name__}: {error}); restore it, or delete its stage's "
+            "folder and go on with the run to have it made anew."
+        ) from error
+
+
+def _fields(struct: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a struct's fields, by name."""
+    return {field.name: row[field.name] for field in dataclasses.fields(struct)}
+
+
+def _read_evaluation(path: Path, iteration: int) -> Evaluation:
+    raw = read_json(path)
+    with _naming(path):
+        names = sorted(raw["splits"], key=list(SPLIT_LABELS).index)
+        splits = {name: _split_summary(raw["splits"][name]) for name in names}
+        return Evaluation(iteration, raw["normalize"], float(raw["ceiling_nats"]), splits)
+
+
+def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:
+    return SplitSummary(
+        estimates={key: _estimate(raw[key], key) for key in ESTIMATES if raw[key] is not None},
+        per_principle={name: _estimate(value, name) for name, value in (raw["per_principle"] or {}).items()},
+        **{key: raw[key] for key in ("n_queries", "n_unscored", "wins", "ties", "losses", "judge")},
+    )
+
+
+def _estimate(raw: Mapping[str, Any], name: str) -> Estimate:
+    estimate = Estimate(**raw)
+    if not all(math.isfinite(number) for number in estimate if number is not None):
+        raise ValueError(f"{name} is {raw}")
+    return estimate
+
+
+def _read_results(folder: Path) -> list[QueryResult]:
+    path = folder / "eval" / "results.jsonl"
+    rows = read_jsonl(path)
+    with _naming(path):
+        return [_query_result(row) for row in rows]
+
+
+def _ids(results: Sequence[QueryResult]) -> list[tuple[str, str]]:
+    return [(result.split, result.example_id) for result in results]
+
+
+def _query_result(row: Mapping[str, Any]) -> QueryResult:
+    result = QueryResult(**_fields(QueryResult, row))
+    n = len(result.constitutions)
+    lists = [result.responses, result.response_tokens, result.verdicts]
+    if any(values is not None and len(values) != n for values in lists):
+        raise ValueError(f"{result.example_id} has not one response, length and verdict for each of {n} constitutions")
+    if result.logps is None:
+        return result
+    return dataclasses.replace(result, logps=np.array(result.logps, dtype=np.float64).reshape(n, n))
+
+
+def _read_funnels(folders: Mapping[int, Path]) -> dict[int, Funnel]:
+    funnels = {}
+    for iteration, folder in folders.items():
+        path = folder / "sample" / "DONE.json"
+        if path.exists():
+            done = read_json(path)
+            with _naming(path):
+                funnels[iteration] = Funnel(**_fields(Funnel, done["counts"]))
+    return funnels
+
+
+def _read_train_steps(path: Path) -> dict[int, list[TrainStep]]:
+    latest: dict[int, dict[int, TrainStep]] = {}
+    with _naming(path):
+        for row in read_log(path):  # a resumed run repeats steps: the last line wins
+            latest.setdefault(row["iteration"], {})[row["step"]] = TrainStep(**_fields(TrainStep, row))
+    return {iteration: [steps[step] for step in sorted(steps)] for iteration, steps in sorted(latest.items())}
+
+
+def _read_stage_times(path: Path) -> dict[tuple[int, str], float]:
+    with _naming(path):
+        done = [row for row in read_log(path) if row["event"] == "stage_done"]
+        return {(row["iteration"], row["stage"]): float(row["seconds"]) for row in done}
