@@ -129,6 +129,14 @@ class TestQueries:
         texts = [query.text for queries in self.splits.values() for query in queries]
         assert len(set(texts)) == len(texts)
 
+    def test_posts_that_are_drawn_again_are_left_out(self, monkeypatch):
+        # A world with one of everything but names, verbs and objects has 16 x 16 x 2 posts for training.
+        for name in ("RELATIONS", "TIMES", "MOODS", "WEATHERS", "TOPICS"):
+            monkeypatch.setattr(miniature, name, getattr(miniature, name)[:1])
+        splits = draw_queries(0, train=300, validation=100, test=100)
+        texts = [query.text for queries in splits.values() for query in queries]
+        assert len(set(texts)) == len(texts) == 500
+
     def test_held_out_names_are_in_the_test_split_only(self):
         names = {split: {query.facts["name"] for query in queries} for split, queries in self.splits.items()}
         assert names["test"] == set(NAMES[-8:])

@@ -169,6 +169,17 @@ class TestContrastiveLogps:
         last = len(one.response_ids[0]) - 1
         np.testing.assert_array_equal(logits[2, 1, 0, last], doubles.logits_after(PARAMS, prefix[:-1]))
 
+    def test_a_long_prompt_with_a_short_response_stays_inside_the_tokens(self):
+        # The first pair decides the width of 6, the second the response width of 4: from the first's prompt, four
+        # places on lie outside the tokens.
+        pairs = [doubles.pair([[1, 2, 3, 4, 5]] * 2, [[6], [7]]), doubles.pair([[1], [2]], [[3, 4, 5, 6], [7]])]
+        width, response_width = batch_widths(pairs, round_to=1, eos_id=None)
+        assert (width, response_width) == (6, 4)
+        batch = make_batch(pairs, width=width, response_width=response_width, eos_id=None)
+        assert np.isfinite(response_logits(doubles.score, PARAMS, batch)).all()
+        expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="sum") for one in pairs])
+        np.testing.assert_allclose(logps_of(pairs, width=width, response_width=response_width), expected, **TOLERANCE)
+
     def test_refuses_a_batch_whose_parts_do_not_belong_together(self):
         batch = make_batch(PAIRS, width=9, response_width=4, eos_id=None)
         for broken in (
