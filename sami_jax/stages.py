@@ -301,8 +301,8 @@ def train_stage(
                 checkpoints.save(state)
             else:
                 checkpoints.save_if_stopped(state, safe_point)
-    counts = {"steps": steps, "pairs": len(data), "width": width, "response_width": response_width}
-    counts["state"] = fingerprint(state)
+    widths = {"width": width, "response_width": response_width}
+    counts = {"steps": steps, "pairs": len(data), **widths, "state": fingerprint(state)}
     return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
 
 

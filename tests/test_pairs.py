@@ -84,7 +84,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ([], "expected an object with one key per query .* found a list"),
+            ([], "expected an object with one key per query"),
             ({}, "holds no pairs"),
             ({"0": AUTHORS["0"][:1]}, "query '0': expected a list with one entry per constitution, at least two"),
             ({"0": {}}, "query '0': expected a list"),

@@ -395,12 +395,13 @@ def test_constitution_posterior_by_hand():
         (0.61, 0.693, [0.6, 0.625, 0.65, 0.675, 0.7]),
         (-3.0, 9.0, [-5, 0, 5, 10]),
         (2.0, 2.0, [2.0, 2.5]),
+        (-4e-11, 0.03, [0, 0.01, 0.02, 0.03]),
     ],
 )
 def test_nice_ticks(low, high, expected):
     ticks = charts.nice_ticks(low, high)
     np.testing.assert_allclose(ticks, expected)
-    assert ticks[0] <= low and ticks[-1] >= high
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high
 
 
 def test_charts_stay_inside_their_frame(run_dir):

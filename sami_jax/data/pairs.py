@@ -59,9 +59,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, *, max_positions: int, vocab_si
     """
     queries = read_json(path)
     if not isinstance(queries, dict):
-        raise BadDataError(
-            f'{path}: expected an object with one key per query ("0", "1", ...), but found {_kind(queries)}.'
-        )
+        raise BadDataError(f'{path}: expected an object with one key per query ("0", "1", ...).')
     if not queries:
         raise BadDataError(f"{path} holds no pairs.")
     pairs: list[Pair] = []
@@ -102,13 +100,14 @@ def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -
     longest = max(map(len, pair.prompt_ids)) + max(map(len, pair.response_ids))
     if longest > max_positions:
         raise BadDataError(
-            f"{where}: prompt and response have {longest} tokens, but the model has room for {max_positions}; shorten or "
-            "remove this query."
+            f"{where}: prompt and response have {longest} tokens, but the model has room for {max_positions}; shorten "
+            "or remove this query."
         )
     for constitution, (prompt, response) in enumerate(zip(pair.prompt_ids, pair.response_ids, strict=True)):
         if not all(0 <= token < vocab_size for token in response):
             raise BadDataError(
-                f"{where}, entry {constitution}: a response id is outside the model's vocabulary of {vocab_size} tokens."
+                f"{where}, entry {constitution}: a response id is outside the model's vocabulary of {vocab_size} "
+                "tokens."
             )
         if not prompt:
             raise BadDataError(f"{where}, entry {constitution}: the prompt has no tokens.")
@@ -117,10 +116,6 @@ def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -
                 f"{where}: the tokenizer gives ids beyond the model's vocabulary of {vocab_size} tokens; the tokenizer "
                 "and the weights in the model folder do not belong together."
             )
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "a text"}.get(type(value), "a single value")
 
 
 def _check_entry(entry: Any, where: str) -> None:

@@ -203,7 +203,8 @@ def nice_ticks(low: float, high: float, target: int = 4) -> list[float]:
     raw = span / target
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # A bound within rounding error of a tick (a KL of -4e-11 at the first step) needs no further tick.
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 

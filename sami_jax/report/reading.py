@@ -113,8 +113,9 @@ def read_run(run_dir: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-      BadDataError: the base was not evaluated, or a file is malformed; the message names it.
+      BadDataError: this is no run, its base was not evaluated, or a file is malformed; the message names it.
     """
+    info = read_json(run_dir / "RUN.json")  # first: where another folder was meant, this is the file to miss
     evaluations = read_evaluations(run_dir)
     folders = _iteration_folders(run_dir)
     evaluated = [evaluation.iteration for evaluation in evaluations]
@@ -127,7 +128,7 @@ def read_run(run_dir: Path) -> Run:
             f"delete {folders[last] / 'eval'} and go on with the run."
         )
     return Run(
-        info=read_json(run_dir / "RUN.json"),
+        info=info,
         config=read_json(run_dir / "config.json"),
         evaluations=evaluations,
         base_results=base_results,
