@@ -223,7 +223,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from sami_jax.report.tables import summary_table
 
     page = iterations.run(config, arguments.workdir)
-    print(f"\n{summary_table(arguments.workdir)}\n\nReport: {page}")
+    print(f"\n{summary_table(arguments.workdir)}\nReport: {page}")
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -298,7 +298,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from sami_jax.report.tables import summary_table
 
     page = write_report(arguments.workdir)
-    print(f"{summary_table(arguments.workdir)}\n\nReport: {page}")
+    print(f"{summary_table(arguments.workdir)}\nReport: {page}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def _tiles(run: Run, changes: Sequence[findings.Change]) -> dict[str, list[TileE
 def _detail(metric: Metric, estimate: Estimate, split: SplitSummary, change: findings.Change | None) -> str:
     unit = metric.unit
     if metric is WIN_RATE:
-        tally = f"{split.wins} won, {split.ties} tied, {split.losses} lost"
+        tally = f"{split.wins} queries above ½, {split.ties} at ½, {split.losses} below"
         return f"{unit.interval(estimate)} \N{MIDDLE DOT} {tally}"
     if change is None or change.base is None:
         return unit.interval(estimate)
