@@ -5,7 +5,7 @@
 Every run is `sami run --config=configs/miniature.py` with other seeds. What decides stands here, in the commit that the
 README names, before the first of these seeds was ever run:
 
-- Base seeds 1, 2, 3; SAMI seeds 1, 2. No base is redrawn, left out, or run again for its result.
+- Base seeds 4, 5, 6; SAMI seeds 1, 2. No base is redrawn, left out, or run again for its result.
 - Gate of a base, measured on the *validation* queries (learned principles): faithful > 0.8, adherence within 0.55
   to 0.70, MI bound's 95 % interval above 0. A base that misses it is pretrained anew, same seed, with 1.5 times
   the steps, once; if it misses again it stays in the table as it is, marked, and counts.
@@ -13,7 +13,9 @@ README names, before the first of these seeds was ever run:
   base: win rate >= 0.65 with its 95 % interval above 0.5; adherence up by >= 0.20; paired MI gain's interval above 0;
   well-formed > 0.98; faithful not fallen (its paired change's interval does not lie below 0).
 - Steps (8, 16, 24) and KL weight 1 were settled before, on the validation queries of other bases (seeds 900 and 901,
-  3000 pretraining steps, an earlier wording of the world: win rates 0.766 and 0.810 after three iterations).
+  3000 pretraining steps, an earlier wording of the world: win rates 0.766 and 0.810 after three iterations). That the
+  end of sequence is trained was settled on those of base 0, SAMI seeds 0 and 1: without it, as the authors have it, the
+  model forgot how to stop. A first study, frozen in a034ca2, was without it, on bases 1, 2, 3: they are not run again.
 - Judge: `sami_jax.evaluation.judges.judge_miniature`.
 
 Beside it, not judged: held-out principles; and one iteration of 20 steps without and with KL, for over-optimisation.
@@ -37,7 +39,7 @@ from sami_jax.run_directory import read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.py"
-BASE_SEEDS, SAMI_SEEDS = (1, 2, 3), (1, 2)
+BASE_SEEDS, SAMI_SEEDS = (4, 5, 6), (1, 2)
 STEPS, LONGER = 2000, 3000
 
 

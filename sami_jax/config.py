@@ -106,7 +106,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = _setting(("Human:", "###"), "texts that end a response; what follows is cut")
     chunk_queries: int = _setting(64, "queries sampled together, and lost together when killed", at_least=1)
     round_prompt_tokens_to: int = _setting(
-        32, "pad prompts to a multiple of this, so that few shapes compile", at_least=1
+        32, "pad prompts to a multiple of this (long ones coarser): few shapes compile", at_least=1
     )
 
 
@@ -141,7 +141,9 @@ class TrainConfig:
     kl_beta: float = _setting(0.0, "weight of KL(policy || base), mean over response tokens and cells", at_least=0)
     train_eos: bool = _setting(False, "append the end-of-sequence token to the responses")
     checkpoint_every: int = _setting(10, "optimizer steps between checkpoints", at_least=1)
-    round_tokens_to: int = _setting(32, "pad sequences to a multiple of this, so that few shapes compile", at_least=1)
+    round_tokens_to: int = _setting(
+        32, "pad sequences to a multiple of this (long ones coarser): few shapes compile", at_least=1
+    )
     remat: bool = _setting(True, "recompute activations in the backward pass: less memory, about a quarter more time")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.data.tokenizer import Tokenizer
+from sami_jax.sharding import padded_size
 from sami_jax.types import Array, DecodeFn, Params
 
 
@@ -140,11 +141,11 @@ def sample_responses(
       markers: texts that end a response.
       max_new_tokens: longest response.
       rows: rows of the compiled batch; `prompts` has at most so many, the rest repeats the first.
-      round_to: prompt width is padded to a multiple of this.
+      round_to: prompt width is padded to a multiple of this, a long one more coarsely (`padded_size`).
       sharding: of the batch's leading axis.
     """
     padded = [*prompts, *([prompts[0]] * (rows - len(prompts)))]
-    width = -(-max(map(len, padded)) // round_to) * round_to
+    width = padded_size(max(map(len, padded)), round_to)
     tokens = np.zeros((rows, width), np.int32)
     for row, ids in enumerate(padded):
         tokens[row, : len(ids)] = ids

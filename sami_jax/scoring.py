@@ -11,6 +11,7 @@ import numpy as np
 
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sequence_logps, token_logps
+from sami_jax.sharding import padded_size
 from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, ScoreFn
 
 
@@ -47,15 +48,11 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
 
 
 def batch_widths(pairs: Sequence[Pair], *, round_to: int, eos_id: int | None) -> tuple[int, int]:
-    """(T, K) that hold every one of `pairs`, rounded up so that few shapes compile."""
+    """(T, K) that hold every one of `pairs`, padded so that few shapes compile (`padded_size`)."""
     extra = 0 if eos_id is None else 1
     response = max(len(ids) for pair in pairs for ids in pair.response_ids) + extra
     sequence = max(max(map(len, p.prompt_ids)) + max(map(len, p.response_ids)) for p in pairs) + extra
-    return _round_up(sequence, round_to), _round_up(response, round_to)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return padded_size(sequence, round_to), padded_size(response, round_to)
 
 
 def response_logits(score: ScoreFn, params: Params, batch: ContrastiveBatch) -> Array:
@@ -116,7 +113,7 @@ def score_pairs(
       pairs: Q queries.
       normalize: "mean" or "sum".
       rows: queries per batch; the last batch repeats its first query to fill up.
-      round_to: widths are padded to multiples of this.
+      round_to: widths are padded to multiples of this, longer ones more coarsely (`padded_size`).
       sharding: of the batch's leading axis.
       scored: called with the number of queries done, after each batch.
     """

@@ -41,6 +41,16 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def padded_size(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple of `multiple`, so that few shapes compile.
+
+    Up to 16 multiples there is a shape for each, beyond that eight for every doubling: padding stays below an eighth.
+    """
+    count = -(-size // multiple)
+    unit = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // unit) * unit * multiple
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -20,6 +20,7 @@ from sami_jax.sharding import (
     batch_sharding,
     batch_shards,
     make_mesh,
+    padded_size,
     param_shardings,
     place,
     replicated,
@@ -49,6 +50,22 @@ class TestMesh:
         placed = place(np.zeros((4, 3)), batch_sharding(mesh))
         assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
         assert place(np.zeros(3), replicated(mesh)).is_fully_replicated
+
+
+class TestPaddedSize:
+    @pytest.mark.parametrize(
+        ("size", "multiple", "expected"),
+        [(1, 32, 32), (32, 32, 32), (33, 32, 64), (512, 32, 512), (513, 32, 576), (1050, 32, 1152), (7, 5, 10)],
+    )
+    def test_by_hand(self, size, multiple, expected):
+        assert padded_size(size, multiple) == expected
+
+    def test_padding_stays_below_an_eighth_and_shapes_are_few(self):
+        sizes = np.arange(512, 8193)
+        padded = np.array([padded_size(int(size), 32) for size in sizes])
+        assert (padded >= sizes).all() and (padded % 32 == 0).all() and (np.diff(padded) >= 0).all()
+        assert (padded - sizes < sizes / 8).all()
+        assert len(set(padded)) == 1 + 4 * 8  # four doublings
 
 
 class TestParamShardings:
