@@ -1,6 +1,5 @@
 """Training state on disk: saved and restored by Orbax, with a fingerprint that finds what Orbax does not check."""
 
-import functools
 import shutil
 import sys
 from collections.abc import Callable
@@ -96,8 +95,10 @@ class Checkpoints:
                     return state
                 reason = "its contents do not match their fingerprint"
             except Exception as error:  # a damaged file surfaces as almost any kind
-                reason = type(error).__name__
-            aside = self._folder.parent / f"damaged-{self._folder.name}-step-{step}"
+                if _is_no_damage(error):
+                    raise
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            aside = self._folder / f"damaged-step-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             self._step_folder(step).rename(aside)
             self._manager.reload()  # it lists steps once; without this, it would refuse to save this step again
@@ -121,6 +122,12 @@ class Checkpoints:
         return self._folder / f"step_{step:08d}"
 
 
+def _is_no_damage(error: Exception) -> bool:
+    """A disk that fails or memory that runs out, which says nothing of the checkpoint."""
+    failing_disk = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return failing_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def fingerprint(tree: Any) -> str:
     """16 hex digits that change with any bit of any leaf, and with no sharding.
 
@@ -134,7 +141,7 @@ def fingerprint(tree: Any) -> str:
     return f"{total[0]:08x}{total[1]:08x}"
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _leaf_fingerprint(leaf: Array) -> tuple[Array, Array]:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = (leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)).ravel()

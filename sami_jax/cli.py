@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sami_jax.config import RunConfig, describe_fields, load_config
-from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError
+from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite or internal, 73 run directory in use, "
@@ -30,21 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known.config_overrides = _overrides(rest, parser)
         known.function(known)
-    except SamiError as error:
-        return _fail(known.command, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail(known.command, "interrupted.", 130)
-    except OSError as error:
-        return _fail(known.command, f"{error}.", ExitCode.IO_FAILED)
-    except Exception:
-        traceback.print_exc()
-        return _fail(known.command, "this is a defect of sami_jax; please report the lines above.", ExitCode.NON_FINITE)
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            sentence = "interrupted."
+        elif isinstance(error, OSError):
+            sentence = f"{error}."
+        elif not isinstance(error, SamiError):
+            traceback.print_exc()
+            sentence = "this is a defect of sami_jax; please report the lines above."
+        print(f"sami {known.command}: {sentence}", file=sys.stderr, flush=True)
+        return int(exit_code(error))
     return ExitCode.DONE
-
-
-def _fail(command: str, sentence: str, code: int) -> int:
-    print(f"sami {command}: {sentence}", file=sys.stderr, flush=True)
-    return int(code)
 
 
 def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -85,7 +82,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "make a miniature's base model and world, once",
         "sami pretrain --config=configs/miniature.py --config.pretraining.seed=1",
         _pretrain,
-        "pretraining",
+        ("pretraining.",),
     )
     pretrain.add_argument("--config", required=True, help="config file, path.py or path.py:argument")
 
@@ -95,7 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "greedy responses to prompts: JSON lines in, JSON lines out",
         "sami generate --model=DIR --prompts=prompts.jsonl --out=responses.jsonl --config.sampling.max_new_tokens=100",
         _generate,
-        "sampling",
+        ("sampling.", "mesh."),
     )
     _add_model(generate)
     generate.add_argument("--prompts", required=True, type=Path, help='JSON lines, each an object with "prompt"')
@@ -111,7 +108,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "the matrix of log-probs, loss and MI bound of each query of a pairs file",
         "sami score --model=DIR --pairs=pairs.json --normalize=sum --out=scores.jsonl",
         _score,
-        "train",
+        (
+            "train.normalize",
+            "train.over_responses_weight",
+            "train.over_constitutions_weight",
+            "train.micro_batch_queries",
+            "train.round_tokens_to",
+            "mesh.",
+        ),
     )
     _add_model(score)
     score.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
@@ -128,7 +132,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "sami train --model=DIR --pairs=pairs.json --out=trained --config.train.steps='(4,)' "
         "--config.train.learning_rate=5e-7 --config.train.queries_per_step=128",
         _train,
-        "train",
+        ("seed", "train.", "mesh."),
     )
     _add_model(train)
     train.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
@@ -158,7 +162,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "write a run's report/index.html anew",
         "sami report --workdir=runs/miniature",
         _report,
-        None,
+        (),
     )
     report.add_argument("--workdir", required=True, type=Path, help="run directory")
 
@@ -168,7 +172,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "write an iteration's weights as a Hugging Face folder elsewhere",
         "sami export --workdir=runs/miniature --iteration=3 --out=my-model",
         _export,
-        None,
+        (),
     )
     export.add_argument("--workdir", required=True, type=Path, help="run directory")
     export.add_argument("--iteration", required=True, type=_positive, help="1, 2, ...")
@@ -177,10 +181,11 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, purpose: str, example: str, function: Any, section: str | None = ""
+    commands: Any, name: str, purpose: str, example: str, function: Any, settings_of: tuple[str, ...] = ("",)
 ) -> argparse.ArgumentParser:
-    """One subcommand; `section` limits the settings its help lists (None: it has none)."""
-    settings = [] if section is None else [s for s in describe_fields() if s[0].startswith(f"config.{section}")]
+    """One subcommand; its help lists the settings whose names begin with one of `settings_of`."""
+    beginnings = tuple(f"config.{name}" for name in settings_of)
+    settings = [setting for setting in describe_fields() if setting[0].startswith(beginnings)]
     lines = [f"example:\n  {example}"]
     if settings:
         lines.append("settings (--name=value, on top of the config file):")
@@ -280,7 +285,11 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, {**arguments.config_overrides, "iterations": "1"})
+    config = load_config(arguments.config, {"iterations": "1", **arguments.config_overrides})
+    if config.iterations != 1:
+        raise BadConfigError(
+            "config.iterations must be 1 here; a pairs file is one iteration's. Use `sami run` for more."
+        )
     from sami_jax import iterations
 
     print(iterations.train_folder(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out))

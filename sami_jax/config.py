@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sami_jax.errors import BadConfigError
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.run_directory import read_json
 from sami_jax.types import Normalize
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes
@@ -254,9 +255,10 @@ def _read_file(spec: str) -> dict[str, Any]:
     if not path.is_file():
         raise BadConfigError(f"The config file {path} does not exist.")
     if path.suffix == ".json":
-        from sami_jax.run_directory import read_json
-
-        return _section(read_json(path), "holds", path)
+        try:
+            return _section(read_json(path), "holds", path)
+        except BadDataError as error:
+            raise BadConfigError(str(error)) from error
     module_spec = importlib.util.spec_from_file_location(f"sami_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise BadConfigError(f"The config file {path} is neither a .py nor a .json file.")

@@ -14,6 +14,7 @@ class ExitCode(enum.IntEnum):
     IO_FAILED = 74  # disk full, save failed: retry a few times
     STOPPED = 75  # stopped at a safe point: run the same command again
     BAD_CONFIG = 78  # unknown, mistyped or changed configuration: stop
+    INTERRUPTED = 130  # Ctrl-C at once
 
 
 class SamiError(Exception):
@@ -56,3 +57,12 @@ class StoppedError(SamiError):
     """Someone asked the run to stop, and it did so at a safe point."""
 
     exit_code = ExitCode.STOPPED
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """With which code a command ends that `error` ended."""
+    if isinstance(error, SamiError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return ExitCode.IO_FAILED if isinstance(error, OSError) else ExitCode.NON_FINITE

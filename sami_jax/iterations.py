@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ from typing import Any
 
 from sami_jax import run_directory, stages
 from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
-from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, SaveFailedError, StoppedError
+from sami_jax.data.principles import read_principles
+from sami_jax.data.queries import read_queries
+from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
 from sami_jax.model.huggingface import read_config
 from sami_jax.pretraining import pretrain
 from sami_jax.report.page import write_report
@@ -47,31 +50,37 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
 def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> Path:
     """Trains a model folder on a pairs file and writes the trained folder `out`.
 
-    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on there.
+    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on there,
+    and a finished one is not done again.
 
     Raises:
       BadConfigError: `out` was begun with other settings, model or pairs.
       BadDataError: model or pairs cannot be used.
     """
+    out = out.absolute()
     folder = out.with_name(out.name + ".training")
     read_config(model)
     train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
     inputs: list[Any] = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
-    inputs.append(run_directory.file_hash(pairs) if pairs.is_file() else run_directory.read_json(pairs))
+    inputs.append(run_directory.file_hash(pairs))
     card = stages.model_card(config, 1, base=model.name)
     with run_directory.locked(folder), stop_on_signal() as safe_point:
+        trained = run_directory.sealed(folder, inputs=inputs) is not None
         if out.exists() and any(out.iterdir()):
-            raise SaveFailedError(f"{out} already holds files; choose another folder for the trained model.")
-        stages.train_stage(
-            config,
-            base=model,
-            pairs=pairs,
-            iteration=1,
-            inputs=inputs,
-            out=folder,
-            log=lambda record: run_directory.append_jsonl(folder / "metrics.jsonl", record),
-            safe_point=safe_point,
-        )
+            if trained:
+                return out  # finished before; only a finished training writes there
+            raise BadDataError(f"{out} already holds files; choose another folder for the trained model.")
+        if not trained:
+            stages.train_stage(
+                config,
+                base=model,
+                pairs=pairs,
+                iteration=1,
+                inputs=inputs,
+                out=folder,
+                log=lambda record: run_directory.append_jsonl(folder / "metrics.jsonl", record),
+                safe_point=safe_point,
+            )
         stages.save_trained(config, base=model, trained=folder, out=out, card=card)
     return out
 
@@ -86,17 +95,21 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
       BadDataError: a folder cannot be used.
     """
     read_config(model)
+    _check_paths(config)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
-        inputs: list[Any] = [to_dict(config), stages.folder_hash(model)]
-        inputs += [run_directory.file_hash(baseline / "results.jsonl") if baseline else None]
+        base = Path(config.model)
+        model_hash, base_hash = stages.folder_hash(model), stages.folder_hash(base)
+        iteration = 0 if model_hash == base_hash else 1
+        compared = run_directory.file_hash(baseline / "results.jsonl") if baseline else None
+        inputs = _evaluation_inputs(config, iteration, model=model_hash, base=base_hash, baseline=compared)
         if run_directory.sealed(out, inputs=inputs) is None:
             stages.evaluate_stage(
                 config,
                 model=model,
-                base=Path(config.model),
+                base=base,
                 baseline=baseline,
-                iteration=1 if baseline else 0,
+                iteration=iteration,
                 inputs=inputs,
                 out=out,
                 safe_point=safe_point,
@@ -105,21 +118,19 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
 
 
 def export_folder(workdir: Path, iteration: int, out: Path) -> Path:
-    """Writes the weights of a run's iteration as a Hugging Face folder elsewhere.
+    """Copies the Hugging Face folder of a run's iteration elsewhere, without the run's own files.
 
     Raises:
-      BadDataError: the iteration has no finished training.
-      SaveFailedError: `out` holds files.
+      BadDataError: the iteration has no finished export, or `out` holds files.
+      SaveFailedError: the disk is full or not writable.
     """
-    trained = workdir / f"iter_{iteration:03d}" / "train"
-    if not (trained / run_directory.DONE).is_file():
-        raise BadDataError(f"{workdir} has no finished training of iteration {iteration}; go on with `sami run` first.")
-    with stop_on_signal() as safe_point:
-        config = with_pretrained(from_dict(run_directory.read_json(workdir / "config.json")), safe_point)
-    base = Path(config.model)
-    stages.save_trained(
-        config, base=base, trained=trained, out=out, card=stages.model_card(config, iteration, base=base.name)
-    )
+    exported = workdir / f"iter_{iteration:03d}" / "export"
+    if not (exported / run_directory.DONE).is_file():
+        raise BadDataError(f"{workdir} has no finished export of iteration {iteration}; go on with `sami run` first.")
+    outputs = run_directory.read_done(exported)["outputs"]
+    with run_directory.building(out.absolute()) as place:
+        for output in outputs:
+            shutil.copyfile(exported / output["path"], place / output["path"])
     return out
 
 
@@ -152,7 +163,7 @@ class _Run:
     def _sample(self, iteration: int, model: Path, model_hash: str) -> str:
         c = self.config
         inputs = {
-            **self._shared_inputs("sample", iteration),
+            **_shared_inputs(c, "sample", iteration),
             "model": model_hash,
             "queries": run_directory.file_hash(Path(c.queries.train)),
             "needed": [c.train.steps[iteration - 1], c.train.queries_per_step, c.train.passes],
@@ -191,15 +202,8 @@ class _Run:
     def _evaluate(
         self, iteration: int, model: Path, model_hash: str, base_hash: str, baseline: tuple[Path, str] | None
     ) -> tuple[Path, str]:
-        c = self.config
-        inputs = {
-            **self._shared_inputs("evaluate", iteration),
-            "model": model_hash,
-            "base": base_hash,
-            "baseline": baseline[1] if baseline else None,
-            "queries": [run_directory.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
-            "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation), c.train.normalize],
-        }
+        compared = baseline[1] if baseline else None
+        inputs = _evaluation_inputs(self.config, iteration, model=model_hash, base=base_hash, baseline=compared)
         fingerprint = self._stage(
             "eval",
             iteration,
@@ -218,28 +222,41 @@ class _Run:
         if fingerprint is None:
             self.safe_point()
             self.worked = True
-            if make is not stages.export_stage:
-                arguments["safe_point"] = self.safe_point
             started = time.monotonic()
-            fingerprint = make(self.config, inputs=inputs, out=out, **arguments)
+            fingerprint = make(self.config, inputs=inputs, out=out, safe_point=self.safe_point, **arguments)
             seconds = round(time.monotonic() - started, 3)
             event = {"event": "stage_done", "iteration": iteration, "stage": name, "seconds": seconds, "time": _now()}
             run_directory.append_jsonl(self.workdir / "events.jsonl", event)
         return fingerprint
 
-    def _shared_inputs(self, stage: str, iteration: int) -> dict[str, Any]:
-        constitutions = {k: v for k, v in to_dict(self.config.constitutions).items() if k != "principles"}
-        principles = run_directory.file_hash(Path(self.config.constitutions.principles))
-        return {
-            "stage": stage,
-            "iteration": iteration,
-            "seed": self.config.seed,
-            "constitutions": [constitutions, principles],
-            "mesh": to_dict(self.config.mesh),
-        }
-
     def _folder(self, iteration: int) -> Path:
         return self.workdir / f"iter_{iteration:03d}"
+
+
+def _shared_inputs(config: RunConfig, stage: str, iteration: int) -> dict[str, Any]:
+    constitutions = {k: v for k, v in to_dict(config.constitutions).items() if k != "principles"}
+    principles = run_directory.file_hash(Path(config.constitutions.principles))
+    return {
+        "stage": stage,
+        "iteration": iteration,
+        "seed": config.seed,
+        "constitutions": [constitutions, principles],
+        "mesh": to_dict(config.mesh),
+    }
+
+
+def _evaluation_inputs(
+    config: RunConfig, iteration: int, *, model: str, base: str, baseline: str | None
+) -> dict[str, Any]:
+    c = config
+    return {
+        **_shared_inputs(c, "evaluate", iteration),
+        "model": model,
+        "base": base,
+        "baseline": baseline,
+        "queries": [run_directory.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
+        "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation), c.train.normalize],
+    }
 
 
 def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
@@ -250,9 +267,9 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
             raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
         _check_paths(config)
         plain = to_dict(config)
-        run_directory.write_json(stored, plain)
         about = {"run_id": str(uuid.uuid4()), "schema_version": 1, "created": _now(), "seed": config.seed}
         run_directory.write_json(workdir / "RUN.json", {**about, "config_sha256": run_directory.content_hash(plain)})
+        run_directory.write_json(stored, plain)  # last: where it stands, the run has begun
         return config
     before = run_directory.read_json(stored)
     if config is not None:
@@ -262,11 +279,13 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
                 f"{workdir} was started with other settings ({'; '.join(changed)}); choose another --workdir for "
                 "the new ones, or leave out --config to go on with the old."
             )
-    return from_dict(before)
+    begun = from_dict(before)
+    _check_paths(begun)
+    return begun
 
 
 def _check_paths(config: RunConfig) -> None:
-    """Refuses a config whose files are missing, before anything is written."""
+    """Refuses a config whose files are missing or hold something else, before anything is written."""
     if PRETRAINED not in config.model:
         read_config(Path(config.model))
     for field, name in {
@@ -274,8 +293,10 @@ def _check_paths(config: RunConfig) -> None:
         "queries.evaluation": config.queries.evaluation,
         "constitutions.principles": config.constitutions.principles,
     }.items():
-        if PRETRAINED not in name and not Path(name).is_file():
-            raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
+        if PRETRAINED not in name:
+            if not Path(name).is_file():
+                raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
+            (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
 
 
 def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
@@ -349,10 +370,10 @@ def _attempt(workdir: Path) -> Iterator[None]:
     try:
         yield
     except SamiError as error:
-        code, reason = int(error.exit_code), str(error)
+        code, reason = exit_code(error), str(error)
         raise
     except BaseException as error:
-        code, reason = int(ExitCode.NON_FINITE), f"{type(error).__name__}: {error}"
+        code, reason = exit_code(error), f"{type(error).__name__}: {error}"
         raise
     finally:
         run_directory.write_json(path, {**record, "ended": _now(), "exit_code": code, "reason": reason})

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,9 +31,22 @@ def content_hash(value: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    """SHA-256 of a file's bytes, in hex. Raises BadDataError where it is no readable file."""
+    with _readable(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a wrong path raises into a BadDataError; a failing disk stays an OSError, which may be tried again."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadDataError(f"{path} does not exist.") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise BadDataError(f"{path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 @contextlib.contextmanager
@@ -60,6 +74,38 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place, flushed to disk, when the block ends well, and vanishes if not.
+
+    What a killed process left of it is removed first.
+
+    Raises:
+      BadDataError: `folder` holds files already.
+      SaveFailedError: the disk is full or not writable.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadDataError(f"{folder} already holds files; choose another folder, or delete it yourself.")
+    temporary = folder.parent / f".{folder.name}.building"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise SaveFailedError(
+            f"{folder} could not be written ({error}); free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,12 +137,10 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads one JSON value. Raises BadDataError naming the file, and the line where it stops being JSON."""
+    with _readable(path):
+        text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadDataError(f"{path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadDataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
 
@@ -104,12 +148,8 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON value a line; empty lines are skipped. Raises BadDataError naming file and line."""
     records = []
-    try:
+    with _readable(path):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise BadDataError(f"{path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -174,26 +214,34 @@ def sealed(folder: Path, *, inputs: Any) -> str | None:
     """
     if not (folder / DONE).exists():
         return None
-    done = read_json(folder / DONE)
+    done = read_done(folder)
     if done["inputs_sha256"] != content_hash(inputs):
         raise _other_inputs(folder)
+    return done["fingerprint"]
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """DONE.json of a complete stage. Raises BadDataError where there is none, or an output is missing or cut."""
+    done = read_json(folder / DONE)
     for output in done["outputs"]:
         path = folder / output["path"]
         if not path.is_file() or path.stat().st_size != output["bytes"]:
             raise BadDataError(f"{path} is missing or has changed its size; delete {folder} to have it made anew.")
-    return done["fingerprint"]
+    return done
 
 
 def _other_inputs(folder: Path) -> BadConfigError:
     return BadConfigError(
         f"{folder} was made from other inputs (config, data, or an earlier stage changed); "
-        "choose another output folder, or delete this one to have it made anew."
+        "choose another folder for the new ones, or delete this one to have it made anew."
     )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder's LOCK; the kernel drops it with the process, kill -9 included.
+
+    Where the block fails before anything else is in the folder, nothing is left of it.
 
     Raises:
       RunInUseError: another process holds it.
@@ -206,9 +254,15 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise RunInUseError(
-                f"{folder} is in use by process {holder}; wait for it to end, or choose another --workdir."
+                f"{folder} is in use by process {holder}; wait for it to end, or choose another folder."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise

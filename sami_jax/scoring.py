@@ -50,7 +50,7 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
 def batch_widths(pairs: Sequence[Pair], *, round_to: int, eos_id: int | None) -> tuple[int, int]:
     """(T, K) that hold every one of `pairs`, padded so that few shapes compile (`padded_size`)."""
     extra = 0 if eos_id is None else 1
-    response = max(len(ids) for pair in pairs for ids in pair.response_ids) + extra
+    response = max(1, max(len(ids) for pair in pairs for ids in pair.response_ids) + extra)  # all may be empty
     sequence = max(max(map(len, p.prompt_ids)) + max(map(len, p.response_ids)) for p in pairs) + extra
     return padded_size(sequence, round_to), padded_size(response, round_to)
 

@@ -1,6 +1,7 @@
 """The stages of a run, each a function of files that writes files: sample, train, export, evaluate."""
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
@@ -99,6 +100,11 @@ def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingC
     for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
         if not row:
             raise BadDataError(f"Prompt {number} has no tokens; remove it.")
+        if max(row) >= loaded.model.config.vocab_size:
+            raise BadDataError(
+                f"Prompt {number} has token ids beyond the model's vocabulary of {loaded.model.config.vocab_size}; the "
+                f"tokenizer and the weights in {loaded.folder} do not belong together."
+            )
         if len(row) + config.max_new_tokens > limit:
             raise BadDataError(
                 f"Prompt {number} ({prompt[:60]!r}...) has {len(row)} tokens; with {config.max_new_tokens} new ones it "
@@ -149,7 +155,12 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
         raise NonFiniteError(
             f"{pairs}: the log-probs of queries {bad} are not finite; the model in {model} is damaged."
         )
-    losses = jax.vmap(sami_loss)(jnp.asarray(matrices))
+    loss_of = functools.partial(
+        sami_loss,
+        over_responses_weight=config.train.over_responses_weight,
+        over_constitutions_weight=config.train.over_constitutions_weight,
+    )
+    losses = jax.vmap(loss_of)(jnp.asarray(matrices))
     lines = [
         {
             "example_id": pair.example_id,
@@ -190,9 +201,9 @@ def sample_stage(
     Raises:
       BadDataError: the queries run out before enough pairs are kept.
     """
-    run_directory.begin(out, inputs=inputs)
     principles = [p for p in read_principles(Path(config.constitutions.principles)) if not p.held_out]
     queries = alternating_half(read_queries(Path(config.queries.train)), iteration)
+    run_directory.begin(out, inputs=inputs)
     order = generator(config.seed, "sample", iteration).permutation(len(queries))
     needed = math.ceil(config.train.steps[iteration - 1] * config.train.queries_per_step / config.train.passes)
     loaded = load_model(model, config)
@@ -220,8 +231,8 @@ def sample_stage(
     if len(kept) < needed:
         raise BadDataError(
             f"Iteration {iteration} kept {len(kept)} pairs of {asked} queries ({dropped}), but its "
-            f"{config.train.steps[iteration - 1]} steps need {needed}; add queries to {config.queries.train}, lower "
-            "config.train.steps, or raise config.train.passes."
+            f"{config.train.steps[iteration - 1]} steps need {needed}; start a run in another folder with more "
+            "queries, fewer config.train.steps, or higher config.train.passes."
         )
     write_pairs(out / "pairs.json", kept)
     run_directory.write_jsonl(out / "rejects.jsonl", rejects)
@@ -258,13 +269,13 @@ def train_stage(
     Raises:
       NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
     """
-    run_directory.begin(out, inputs=inputs)
     loaded = load_model(base, config)
     train, shape = config.train, loaded.model.config
     steps, size = train.steps[iteration - 1], train.queries_per_step
     eos_id = loaded.tokenizer.end_id() if train.train_eos else None
     room = shape.max_positions - train.train_eos
     data = read_pairs(pairs, loaded.tokenizer, max_positions=room, vocab_size=shape.vocab_size)
+    run_directory.begin(out, inputs=inputs)
     schedule = [
         query_indices(len(data), step, seed=config.seed, iteration=iteration, queries_per_step=size)
         for step in range(steps)
@@ -299,6 +310,7 @@ def train_stage(
             progress.update(step + 1, note)
             if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(state)
+                safe_point()
             else:
                 checkpoints.save_if_stopped(state, safe_point)
     widths = {"width": width, "response_width": response_width}
@@ -313,28 +325,35 @@ def fresh_state(loaded: LoadedModel, train: TrainConfig) -> TrainState:
     return jax.tree.map(lambda x: x if x.sharding.device_set == devices else place(x, replicated(loaded.mesh)), state)
 
 
-def export_stage(config: RunConfig, *, base: Path, trained: Path, inputs: Any, out: Path, card: str) -> str:
+def export_stage(
+    config: RunConfig, *, base: Path, trained: Path, inputs: Any, out: Path, card: str, safe_point: SafePoint
+) -> str:
     """Writes the weights of a finished training as a Hugging Face folder. Returns the stage's fingerprint.
 
     Raises:
-      BadDataError: there is no sound checkpoint in `trained`.
+      BadDataError: the training's last checkpoint is damaged.
     """
+    safe_point()
     shutil.rmtree(out, ignore_errors=True)  # only ever an export that was cut off before its seal
     step = save_trained(config, base=base, trained=trained, out=out, card=card)
     return run_directory.seal(out, inputs=inputs, counts={"step": step})
 
 
 def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, card: str) -> int:
-    """Writes the newest checkpoint of `trained` as a Hugging Face folder. Returns its step.
+    """Writes the weights of a finished training as a Hugging Face folder. Returns the number of its steps.
 
     Raises:
-      BadDataError: there is no sound checkpoint.
+      BadDataError: its last checkpoint is damaged.
     """
+    finished = run_directory.read_done(trained)["counts"]
     loaded = load_model(base, config)
     with Checkpoints(trained / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(fresh_state(loaded, config.train))
-    if state is None:
-        raise BadDataError(f"{trained} holds no checkpoint; delete the folder to train again.")
+    if state is None or fingerprint(state) != finished["state"]:
+        raise BadDataError(
+            f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete the "
+            "folder to train again."
+        )
     save_finetuned(out, state.params, loaded.model.config, source=base, card=card)
     return int(state.step)
 
@@ -375,14 +394,19 @@ def evaluate_stage(
 
     Returns:
       The stage's fingerprint.
+
+    Raises:
+      BadDataError: queries, principles or baseline cannot be used.
+      NonFiniteError: a log-prob is NaN or infinite.
     """
-    run_directory.begin(out, inputs=inputs)
+    all_tasks = evaluation_tasks(config)
+    theirs = _read_baseline(baseline, all_tasks, config) if baseline else None
     loaded = load_model(model, config)
     base_params = loaded.params if model == base else load_model(base, config).params
-    theirs = run_directory.read_jsonl(baseline / "results.jsonl") if baseline else None
+    run_directory.begin(out, inputs=inputs)
     records: list[dict[str, Any]] = []
     splits: dict[str, Any] = {}
-    for split, tasks in evaluation_tasks(config).items():
+    for split, tasks in all_tasks.items():
         answers: list[list[Response]] = []
         progress = Progress(f"iteration {iteration}: evaluating {split}", len(tasks), unit="queries")
         for number, start in enumerate(range(0, len(tasks), config.sampling.chunk_queries)):
@@ -403,6 +427,24 @@ def evaluate_stage(
     }
     run_directory.write_json(out / "summary.json", summary)
     return run_directory.seal(out, inputs=inputs, counts={name: split["n_queries"] for name, split in splits.items()})
+
+
+def _read_baseline(folder: Path, tasks: dict[str, list[Task]], config: RunConfig) -> list[dict[str, Any]]:
+    """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""
+    records = run_directory.read_jsonl(folder / "results.jsonl")
+    judged = config.evaluation.judge != "none"
+    wanted = [
+        [name, task.query.example_id, [constitution.text for constitution in task.constitutions], judged]
+        for name, split in tasks.items()
+        for task in split
+    ]
+    found = [[r["split"], r["example_id"], r["constitutions"], r["verdicts"] is not None] for r in records]
+    if found != wanted:
+        raise BadDataError(
+            f"{folder} is no baseline for this evaluation: its queries, constitutions or judge are others. Evaluate "
+            "the base with the same config first."
+        )
+    return records
 
 
 def evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
@@ -493,6 +535,9 @@ def _evaluate_split(
         for task, responses in zip(tasks, answers, strict=True)
     ]
     ours, bases = (score_all(loaded, params, pairs, config) for params in (loaded.params, base_params))
+    for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
+        if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
+            raise NonFiniteError(f"The log-probs of query {pair.example_id} are not finite; a model is damaged.")
     mi_nats = query_mi_nats(ours)
     judge = get_judge(config.evaluation.judge)
     records = []

@@ -144,7 +144,7 @@ class TestDamage:
         damage(array_file(folder, 2))
         assert doubles.same_bits(restore(folder), state(1))
         [sentence] = capsys.readouterr().err.splitlines()
-        aside = tmp_path / "damaged-checkpoints-step-2"
+        aside = tmp_path / "checkpoints" / "damaged-step-2"
         assert "step 2 is damaged" in sentence and str(aside) in sentence
         assert aside.is_dir() and not (folder / "step_00000002").exists()
 

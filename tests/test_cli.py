@@ -161,7 +161,7 @@ def test_a_missing_file_or_folder_is_65(model, tmp_path, capsys):
     fails(capsys, 65, "score", "--model=nowhere", f"--pairs={pairs}", says=("nowhere", "does not exist"))
     fails(capsys, 65, "score", f"--model={model}", "--pairs=nowhere.json", says=("nowhere.json", "does not exist"))
     fails(capsys, 65, "report", f"--workdir={tmp_path}", says=("RUN.json",))
-    fails(capsys, 65, "export", f"--workdir={tmp_path}", "--iteration=1", "--out=o", says=("no finished training",))
+    fails(capsys, 65, "export", f"--workdir={tmp_path}", "--iteration=1", "--out=o", says=("no finished export",))
 
 
 def test_damaged_weights_are_65_and_named(copy, tmp_path, capsys):
@@ -176,10 +176,10 @@ def test_damaged_weights_are_65_and_named(copy, tmp_path, capsys):
     fails(capsys, 65, *score, says=("unknown: model.extra.weight",))
 
 
-def test_nan_weights_are_70_and_name_the_queries(copy, tmp_path, capsys):
+def test_nan_logps_are_70_and_name_the_queries(copy, tmp_path, capsys):
     pairs, weights = write(tmp_path / "pairs.json", entries()), copy / "model.safetensors"
     tensors = load_file(weights)
-    tensors["model.norm.weight"][0] = np.nan
+    tensors["model.norm.weight"][:] = 3e38  # finite, but no logit is
     save_file(tensors, weights)
     fails(capsys, 70, "score", f"--model={copy}", f"--pairs={pairs}", says=("[7]", "not finite"))
     flags = ["--config.train.queries_per_step=1", "--config.train.steps=(1,)"]

@@ -320,7 +320,7 @@ def test_files_are_never_written_over(tmp_path):
     config = tiny_config()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("mine")
-    with pytest.raises(SaveFailedError, match="already holds files"):
+    with pytest.raises(BadDataError, match="already holds files"):
         save(tmp_path / "model", config, random_params(config))
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/thesis.txt"]
 

@@ -195,8 +195,12 @@ def test_train_on_the_runs_own_pairs_gives_the_runs_own_weights(whole_run, flags
     assert done.returncode == 0, done.stderr
     assert (out / "model.safetensors").read_bytes() == (whole_run / "iter_001/export/model.safetensors").read_bytes()
     assert len(read_log(tmp_path / "trained.training/metrics.jsonl")) == 3
+    written = (out / "model.safetensors").stat().st_mtime_ns
     again = finished("train", *flags, f"--model={base}", f"--pairs={pairs}", f"--out={out}")
-    assert again.returncode == 74 and "already holds files" in again.stderr
+    assert again.returncode == 0 and (out / "model.safetensors").stat().st_mtime_ns == written
+    other = finished("train", *flags, f"--model={base}", f"--pairs={pairs}", f"--out={whole_run}")
+    assert other.returncode == 65 and "already holds files" in other.stderr
+    assert not pathlib.Path(f"{whole_run}.training").exists()
 
 
 @pytest.mark.slow

@@ -70,6 +70,11 @@ class TestMakeBatch:
         pairs = [doubles.pair([[1, 2, 3], [4, 5]], [[6], [7, 8]]), doubles.pair([[1], [2]], [[3], [4]])]
         assert batch_widths(pairs, round_to=round_to, eos_id=eos_id) == expected
 
+    def test_responses_without_tokens_still_make_a_batch(self):
+        pairs = [doubles.pair([[1, 2], [3]], [[], []])]
+        assert batch_widths(pairs, round_to=1, eos_id=None) == (2, 1)
+        assert scored(pairs, rows=1).shape == (1, 2, 2)
+
     @pytest.mark.parametrize("eos_id", [None, 9])
     def test_the_widths_are_enough_and_no_more(self, eos_id):
         width, response_width = batch_widths(PAIRS, round_to=1, eos_id=eos_id)

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sami_jax.data.tokenizer import TOKENIZER_FILES
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.model.config import DecoderConfig, config_from_huggingface
 from sami_jax.model.decoder import abstract_params
-from sami_jax.run_directory import read_json, write_json, write_text
+from sami_jax.run_directory import building, read_json, write_json, write_text
 from sami_jax.types import Params
 
 _LAYER = "model.layers.{layer}."
@@ -84,6 +83,8 @@ def load_params(folder: Path, config: DecoderConfig) -> Params:
             expected = _stored_shape(path, target)
             if stored.shape != expected:
                 raise BadDataError(f"{folder}: {name} has shape {stored.shape}, but config.json implies {expected}.")
+            if not np.isfinite(stored).all():
+                raise BadDataError(f"{folder}: {name} holds NaN or infinity; download or export the model again.")
             slices[layer if stacked else ...] = _from_stored(path, stored, target)
         return slices
 
@@ -112,11 +113,10 @@ def save_model(
       card: README.md.
 
     Raises:
+      BadDataError: the folder holds something else.
       NonFiniteError: a weight is NaN or infinite.
-      SaveFailedError: the folder holds something else, or the disk is full.
+      SaveFailedError: the disk is full or not writable.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise SaveFailedError(f"{folder} already holds files; choose another folder, or delete it yourself.")
     tensors = {}
     for path, array in _leaves(jax.device_get(params)):
         for layer, name in enumerate(_layer_names(path, config)):
@@ -124,26 +124,17 @@ def save_model(
             if not np.isfinite(leaf).all():
                 raise NonFiniteError(f"{name} holds NaN or infinity; nothing was written to {folder}.")
             tensors[name] = np.ascontiguousarray(_to_stored(path, leaf))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        write_json(building / "config.json", {**huggingface_config, "dtype": "float32"})
-        write_json(building / "generation_config.json", generation_config)
-        write_text(building / "README.md", card)
+    with building(folder) as place:
+        try:
+            save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what a full disk becomes
+            raise SaveFailedError(f"{folder} could not be written ({error}); free some space.") from error
+        write_json(place / "config.json", {**huggingface_config, "dtype": "float32"})
+        write_json(place / "generation_config.json", generation_config)
+        write_text(place / "README.md", card)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, building / name)
-        building.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        building.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise SaveFailedError(
-            f"{folder} could not be written ({error}); free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+                shutil.copyfile(tokenizer_folder / name, place / name)
 
 
 def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, source: Path, card: str) -> None:

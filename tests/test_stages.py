@@ -1,0 +1,190 @@
+"""The stages on a tiny model folder, in this process: what they refuse, and what a refusal leaves behind."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sami_jax import iterations, stages
+from sami_jax.config import RunConfig, from_dict
+from sami_jax.data.tokenizer import load_tokenizer
+from sami_jax.errors import BadConfigError, BadDataError, StoppedError
+from sami_jax.model.config import config_to_huggingface
+from sami_jax.model.huggingface import save_model
+from tiny_models import random_params, tiny_config, write_tokenizer
+
+PRINCIPLES = [
+    {"name": name, "definition": f"Be {name}.", "antithesis": f"Do not be {name}.", "held_out": False}
+    for name in ("brief", "kind", "exact")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("model")
+    size = write_tokenizer(folder / "tokenizer", "byte_level", bos=True).get_vocab_size()
+    config = tiny_config(vocab_size=size, max_positions=256)
+    save_model(
+        folder / "model",
+        random_params(config),
+        config,
+        huggingface_config=config_to_huggingface(config, bos_token_id=1, eos_token_id=2),
+        generation_config={},
+        tokenizer_folder=folder / "tokenizer",
+        card="# Tiny\n",
+    )
+    return folder / "model"
+
+
+@pytest.fixture
+def pairs(tmp_path) -> pathlib.Path:
+    path = tmp_path / "pairs.json"
+    queries = {
+        str(query): [
+            {"prompt": f"Be {sign}. Query {query}:", "response": f"{sign} answer {query}", "example_id": query}
+            for sign in ("brief", "long")
+        ]
+        for query in range(4)
+    }
+    path.write_text(json.dumps(queries))
+    return path
+
+
+def config_of(**train: Any) -> RunConfig:
+    settings = {"steps": [3], "queries_per_step": 2, "micro_batch_queries": 1, "learning_rate": 1e-2}
+    return from_dict({"iterations": 1, "train": settings | train})
+
+
+def train(model: pathlib.Path, pairs: pathlib.Path, out: pathlib.Path, **settings: Any) -> dict[str, np.ndarray]:
+    iterations.train_folder(config_of(**settings), model=model, pairs=pairs, out=out)
+    return load_file(out / "model.safetensors")
+
+
+class TestTrain:
+    def test_a_stop_is_heard_at_every_step_and_what_follows_is_bitwise_equal(self, model, pairs, tmp_path):
+        """checkpoint_every=1 saves at every step; a request to stop must not have to wait for a step without."""
+        whole = train(model, pairs, tmp_path / "whole", checkpoint_every=1)
+        stopped_after = []
+
+        def stop() -> None:
+            raise StoppedError("stop")
+
+        for _ in range(3):
+            with pytest.raises(StoppedError):
+                stages.train_stage(
+                    config_of(checkpoint_every=1),
+                    base=model,
+                    pairs=pairs,
+                    iteration=1,
+                    inputs="x",
+                    out=tmp_path / "stopped",
+                    log=lambda record: stopped_after.append(record["step"]),
+                    safe_point=stop,
+                )
+        assert stopped_after == [1, 2, 3]
+        stages.train_stage(
+            config_of(checkpoint_every=1),
+            base=model,
+            pairs=pairs,
+            iteration=1,
+            inputs="x",
+            out=tmp_path / "stopped",
+            log=lambda record: stopped_after.append(record["step"]),
+            safe_point=stop,
+        )
+        assert stopped_after == [1, 2, 3]
+        out = tmp_path / "exported"
+        assert stages.save_trained(config_of(), base=model, trained=tmp_path / "stopped", out=out, card="") == 3
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+        assert whole.keys() == load_file(model / "model.safetensors").keys()
+
+    def test_no_older_checkpoint_is_exported_in_place_of_a_damaged_last_one(self, model, pairs, tmp_path, capsys):
+        train(model, pairs, tmp_path / "out", checkpoint_every=1)
+        trained = tmp_path / "out.training"
+        for path in (trained / "checkpoints" / "step_00000003").rglob("*"):
+            if path.is_file() and path.stat().st_size > 1000:
+                path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(BadDataError, match="last step, 3, is missing or damaged"):
+            stages.save_trained(config_of(), base=model, trained=trained, out=tmp_path / "again", card="")
+        assert not (tmp_path / "again").exists()
+
+    def test_a_refused_pairs_file_leaves_nothing_and_may_be_mended(self, model, pairs, tmp_path):
+        sound = pairs.read_text()
+        pairs.write_text(sound.replace('"brief answer 2"', '""'))
+        with pytest.raises(BadDataError, match="no tokens"):
+            train(model, pairs, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+        pairs.write_text(sound)
+        assert train(model, pairs, tmp_path / "out")
+
+    def test_weights_that_are_not_finite_are_refused(self, model, pairs, tmp_path):
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"][3] = np.nan
+        for path in model.iterdir():
+            (tmp_path / "broken").mkdir(exist_ok=True)
+            (tmp_path / "broken" / path.name).write_bytes(path.read_bytes())
+        save_file(weights, tmp_path / "broken" / "model.safetensors")
+        with pytest.raises(BadDataError, match=r"model\.norm\.weight holds NaN"):
+            train(tmp_path / "broken", pairs, tmp_path / "out")
+        assert not (tmp_path / "out.training").exists()
+
+
+def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
+    one_side = config_of(over_responses_weight=1.0, over_constitutions_weight=0.0)
+    lines, _ = stages.score_file(one_side, model=model, pairs=pairs)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["over_responses"], abs=1e-6)
+        assert line["loss"] != pytest.approx(line["over_constitutions"], abs=1e-4)
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused(model):
+    loaded = stages.load_model(model, config_of())
+    write_tokenizer(larger := model.parent / "larger", "byte_level", bos=True, vocab_size=400)
+    other = stages.LoadedModel(model, loaded.model, loaded.params, load_tokenizer(larger), loaded.mesh)
+    prompts = ["The post asks how to make peace. Summaries should be comprehensive."]
+    with pytest.raises(BadDataError, match="do not belong together"):
+        stages.check_prompts(other, prompts, from_dict({"sampling": {"max_new_tokens": 4}}).sampling)
+
+
+class TestEvaluate:
+    @pytest.fixture
+    def settings(self, model, tmp_path) -> dict[str, Any]:
+        (tmp_path / "principles.json").write_text(json.dumps(PRINCIPLES))
+        queries = tmp_path / "queries.jsonl"
+        queries.write_text("".join(json.dumps({"example_id": f"q{i}", "text": f"Post {i}"}) + "\n" for i in range(3)))
+        template = "{constitution}\n{query}:"
+        return {
+            "model": str(model),
+            "queries": {"train": str(queries), "evaluation": str(queries), "evaluation_count": 3},
+            "constitutions": {"principles": str(tmp_path / "principles.json"), "principles_per_query": 1},
+            "prompts": {"generation": template, "training": template},
+            "sampling": {"max_new_tokens": 4, "chunk_queries": 3},
+            "evaluation": {"judge": "none"},
+        }
+
+    def evaluate(self, settings: dict[str, Any], out: pathlib.Path, baseline: pathlib.Path | None = None) -> Any:
+        config = from_dict(settings)
+        path = iterations.evaluate_folder(config, model=pathlib.Path(config.model), baseline=baseline, out=out)
+        return json.loads(path.read_text())
+
+    def test_a_baseline_of_other_tasks_is_refused(self, settings, tmp_path):
+        base = tmp_path / "base"
+        summary = self.evaluate(settings, base)
+        assert summary["iteration"] == 0 and summary["splits"]["learned"]["n_queries"] == 3
+        other = settings | {"seed": 5}
+        with pytest.raises(BadDataError, match="no baseline for this evaluation"):
+            self.evaluate(other, tmp_path / "other", base)
+        fewer = settings | {"queries": settings["queries"] | {"evaluation_count": 2}}
+        with pytest.raises(BadDataError, match="no baseline for this evaluation"):
+            self.evaluate(fewer, tmp_path / "fewer", base)
+        assert not (tmp_path / "other").exists() and not (tmp_path / "fewer").exists()
+
+    def test_changed_queries_are_noticed(self, settings, tmp_path):
+        self.evaluate(settings, tmp_path / "out")
+        queries = pathlib.Path(settings["queries"]["evaluation"])
+        queries.write_text(queries.read_text().replace("Post 1", "Another post"))
+        with pytest.raises(BadConfigError, match="made from other inputs"):
+            self.evaluate(settings, tmp_path / "out")
