@@ -1,5 +1,6 @@
 """The report of a small synthetic run: its numbers, its words, its escapes and its refusals."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
 from sami_jax.report import charts
-from sami_jax.report.findings import headline
+from sami_jax.report.findings import changes_from_base, headline
+from sami_jax.report.measures import DISTINCT
 from sami_jax.report.page import duration, write_report
 from sami_jax.report.reading import read_run
 from sami_jax.report.samples import constitution_posterior, samples_by_split
@@ -86,14 +88,14 @@ def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict
             "mi_nats": _as_json(mean_with_interval(mi)),
             "length_tokens": _as_json(mean_with_interval([np.mean(row["response_tokens"]) for row in rows])),
             "base_logp": _as_json(mean_with_interval(-0.4 - 0.02 * iteration + 0.1 * over("adherence", rows))),
-            "distinct": None,
+            "distinct": _as_json(mean_with_interval([len(set(row["responses"])) == 2 for row in rows])),
             "judge": "miniature" if judged else None,
             "mi_gain_nats": _as_json(mean_with_interval(mi - base_mi)) if iteration else None,
         }
         for key in ("adherence", "well_formed", "faithful"):
             entry[key] = _as_json(mean_with_interval(over(key, rows))) if judged else None
         entry |= {"win_rate": None, "strict_win_rate": None, "adherence_gain": None, "per_principle": None}
-        entry |= {"wins": None, "losses": None, "ties": None}
+        entry |= {"win_rate_t": None, "wins": None, "losses": None, "ties": None}
         if judged:
             entry["per_principle"] = {
                 name: _as_json(
@@ -105,6 +107,7 @@ def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict
             won = win_rate(win_scores(over("adherence", rows), over("adherence", base_rows)))
             entry |= {
                 "win_rate": _as_json(won.estimate),
+                "win_rate_t": won.t,
                 "wins": won.wins,
                 "losses": won.losses,
                 "ties": won.ties,
@@ -121,10 +124,19 @@ def _write(path: Path, value) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_run(run_dir: Path, *, skills=(0.6, 0.72, 0.84, 0.9), malformed=(0.0, 0.0, 0.0, 0.0), n=120, judged=True):
+def write_run(
+    run_dir: Path,
+    *,
+    skills=(0.6, 0.72, 0.84, 0.9),
+    malformed=(0.0, 0.0, 0.0, 0.0),
+    n=120,
+    judged=True,
+    train_eos=False,
+):
     """A run directory whose learned principles are followed with the given skills; held-out ones stay at 0.6."""
     _write(run_dir / "RUN.json", {"run_id": "mini-1", "config_sha256": "ab" * 32, "seed": 2, "created": "2024-05-01"})
-    _write(run_dir / "config.json", {"method": {"normalize": "mean", "kl_beta": 1.0}, "name": ATTACK})
+    train = {"normalize": "mean", "kl_beta": 1.0, "train_eos": train_eos}
+    _write(run_dir / "config.json", {"train": train, "name": ATTACK})
     metrics, events, base = [], [{"event": "run_started"}], []
     for k, (skill, bad) in enumerate(zip(skills, malformed, strict=False)):
         results = []
@@ -177,10 +189,10 @@ def page(run_dir) -> str:
     return write_report(run_dir).read_text(encoding="utf-8")
 
 
-def _text(html: str) -> str:
+def _text(page: str) -> str:
     """What a reader sees: no style, no tags, single spaces."""
-    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    page = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
 
 def _h1(run_dir: Path) -> str:
@@ -194,10 +206,16 @@ def test_page_holds_the_exact_numbers(run_dir, page):
     assert shown in re.search(r"<h1>(.*?)</h1>", page)[1]
     text = _text(page)
     assert f"{learned['wins']} / {learned['ties']} / {learned['losses']}" in text
+    ts = [json.loads((run_dir / f"iter_{k:03d}/eval/summary.json").read_text())["splits"]["learned"] for k in (1, 2, 3)]
+    shown = " ".join(f"{split['win_rate_t']:.2f}" for split in ts)
+    assert f"t: the win rate's distance from 50 % in standard errors – {shown}" in html.unescape(text)
+    distinct = learned["distinct"]
+    shown = f"{100 * distinct['mean']:.1f} % [{100 * distinct['low']:.1f}, {100 * distinct['high']:.1f}]"
+    assert re.search(f"Responses differ by constitution( [^R]+)? {re.escape(shown)}", text)
     mi = learned["mi_nats"]
     assert f"{mi['mean']:.3f} [{mi['low']:.3f}, {mi['high']:.3f}]" in text
     assert f"{100 * learned['per_principle']['tone']['mean']:.1f} %" in text
-    assert "config_sha256" in text and "ab" * 32 in text and "method.kl_beta 1.0" in text
+    assert "config_sha256" in text and "ab" * 32 in text and "train.kl_beta 1.0" in text
 
 
 def test_texts_are_escaped(page):
@@ -253,8 +271,8 @@ def test_headline_follows_the_numbers(tmp_path, run_dir):
     assert "there is no measurable difference from the base on the learned principles" in _h1(same)
 
 
-def _with_learned(run_dir: Path, **fields) -> Path:
-    path = run_dir / "iter_001/eval/summary.json"
+def _with_learned(run_dir: Path, iteration: int = 1, **fields) -> Path:
+    path = run_dir / f"iter_{iteration:03d}/eval/summary.json"
     summary = json.loads(path.read_text())
     summary["splits"]["learned"] |= fields
     _write(path, summary)
@@ -292,6 +310,59 @@ def test_a_fall_in_form_is_a_warning(tmp_path, run_dir):
     sentences = headline(read_run(broken))
     assert any(s.startswith("Warning: well-formed responses fell on the learned principles, 100.0") for s in sentences)
     assert "No fall in form" not in " ".join(sentences)
+
+
+@pytest.mark.parametrize("key", ["well_formed", "faithful"])
+@pytest.mark.parametrize(("share", "is_low"), [(0.8, True), (0.81, False)])
+def test_a_base_of_poor_form_or_content_is_a_warning(tmp_path, key, share, is_low):
+    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.9), n=8)
+    estimate = {"mean": share, "low": share - 0.1, "high": share + 0.1, "n": 8}
+    for iteration in (0, 1):
+        _with_learned(run_dir, iteration, **{key: estimate})
+    sentences = headline(read_run(run_dir))
+    label = {"well_formed": "well-formed responses", "faithful": "content copied rightly"}[key]
+    warning = f"Warning: the share of {label} was low in the base already on the learned principles, 80.0 → 80.0 %"
+    assert any(s.startswith(warning) for s in sentences) == is_low
+    assert ("No fall in form or content was measured." in sentences) != is_low
+
+
+def test_distinct_responses_are_compared_query_by_query(tmp_path):
+    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.6), n=8)
+    for iteration, same in ((0, ()), (1, (0, 1))):  # of 8 queries, two lose the difference: -2/8
+        path = run_dir / f"iter_{iteration:03d}/eval/results.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            index = int(row["example_id"].split("-")[1])
+            row["responses"] = ["a", "a"] if row["split"] == "learned" and index in same else ["a", "b"]
+        _write(path, rows)
+    gains = {c.split: c.gain for c in changes_from_base(read_run(run_dir)) if c.metric is DISTINCT}
+    assert (gains["learned"].mean, gains["learned"].n, gains["held_out"].mean) == (-0.25, 8, 0.0)
+
+
+def test_notes_say_how_the_numbers_were_made(tmp_path):
+    notes = {}
+    for train_eos, normalize in ((False, "mean"), (True, "sum")):
+        run_dir = write_run(tmp_path / normalize, skills=(0.6, 0.9), n=8, train_eos=train_eos)
+        path = run_dir / "iter_001/eval/summary.json"
+        _write(path, json.loads(path.read_text()) | {"normalize": normalize})
+        run = read_run(run_dir)
+        drawn = charts.iteration_charts(run) + charts.training_charts(run)
+        notes[normalize] = {chart.title: chart.note for chart in drawn}
+    title = "Mutual information (nats)"  # the training chart's too, which comes last
+    assert notes["mean"][title] == "The same lower bound as in the evaluation, on the training batch."
+    assert "on the training batch, end of sequence included" in notes["sum"][title]
+    for normalize in notes:
+        assert f"Log-probability, {normalize} over tokens." in notes[normalize]["Likelihood under the base"]
+
+
+def test_a_run_from_before_t_was_written_can_be_read(tmp_path):
+    run_dir = write_run(tmp_path / "run", skills=(0.6, 0.9), n=8)
+    for path in run_dir.glob("iter_*/eval/summary.json"):
+        summary = json.loads(path.read_text())
+        for split in summary["splits"].values():
+            del split["win_rate_t"]
+        _write(path, summary)
+    assert "standard errors" not in write_report(run_dir).read_text(encoding="utf-8")
 
 
 def test_base_only(tmp_path):
@@ -344,6 +415,11 @@ def test_malformed_files_are_named(tmp_path):
         write_report(_with_learned(run_dir, mi_nats={"mean": float("nan"), "low": 0, "high": 1, "n": 8}))
     with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json .*unexpected keyword argument 'sd'"):
         write_report(_with_learned(run_dir, mi_nats={"mean": 0.5, "sd": 1, "n": 8}))
+
+    run_dir = write_run(tmp_path / "config", skills=(0.6,), n=8)
+    _write(run_dir / "config.json", {"train": {}})
+    with pytest.raises(BadDataError, match=r"config\.json .*KeyError: 'train_eos'"):
+        write_report(run_dir)
 
     run_dir = write_run(tmp_path / "lengths", skills=(0.6,), n=8)
     path = run_dir / "iter_000/eval/results.jsonl"

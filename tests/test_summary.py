@@ -49,12 +49,15 @@ class TestSummarize:
         assert summary["well_formed"]["mean"] == pytest.approx((1 + 1 + 0.5) / 3)
         assert summary["per_principle"]["tone"]["mean"] == 1.0 and summary["per_principle"]["detail"]["mean"] == 0.0
         assert [summary[key] for key in ("mi_gain_nats", "adherence_gain", "win_rate", "wins", "ties")] == [None] * 5
+        assert summary["win_rate_t"] is None
 
     def test_comparison_by_hand(self):
         summary = summarize(self.records, self.baseline)
         # a: won, tied = 0.75; b: tied, tied = 0.5; c: lost, lost (malformed against 0) = 0.
         assert (summary["wins"], summary["ties"], summary["losses"]) == (1, 1, 1)
         assert summary["win_rate"]["mean"] == pytest.approx(1.25 / 3)
+        # Deviations 1/3, 1/12, -5/12: variance (16 + 1 + 25) / 144 / 2 = 7 / 48; t = (5/12 - 1/2) / sqrt(7 / 48 / 3).
+        assert summary["win_rate_t"] == pytest.approx(-(1 / 12) / math.sqrt(7 / 144))
         assert summary["mi_gain_nats"]["mean"] == pytest.approx((0.1 + 0.3 + 0.5) / 3)
         # Adherence 0.75, 0.5, 0 against 0.5, 0.5, 0.25.
         assert summary["adherence_gain"]["mean"] == pytest.approx((0.25 + 0.0 - 0.25) / 3)

@@ -30,7 +30,8 @@ def summarize(records: Sequence[Record], baseline: Sequence[Record] | None) -> d
       baseline: the same queries answered by the base model, in the same order; None for the base itself.
 
     Returns:
-      JSON value, estimates as {"mean", "low", "high", "n"}, None where undefined (no judge, no baseline).
+      JSON value, estimates as {"mean", "low", "high", "n"}, None where undefined (no judge, no baseline). `distinct` is
+      the share of queries whose responses are all different: near 0 the model ignores its constitutions.
 
     Raises:
       ValueError: the baseline holds other queries.
@@ -49,7 +50,7 @@ def summarize(records: Sequence[Record], baseline: Sequence[Record] | None) -> d
     summary |= {name: mean_with_interval(_per_query(records, name)) if judged else None for name in names}
     summary["per_principle"] = _per_principle(records) if judged else None
     summary |= dict.fromkeys(
-        ("mi_gain_nats", "adherence_gain", "win_rate", "strict_win_rate", "wins", "losses", "ties")
+        ("mi_gain_nats", "adherence_gain", "win_rate", "win_rate_t", "strict_win_rate", "wins", "losses", "ties")
     )
     if baseline is not None:
         if [r["example_id"] for r in baseline] != [r["example_id"] for r in records]:
@@ -60,7 +61,7 @@ def summarize(records: Sequence[Record], baseline: Sequence[Record] | None) -> d
             gain = _per_query(records, "adherence") - _per_query(baseline, "adherence")
             wins = win_rate(_wins(records, baseline, "score"))
             strict = win_rate(_wins(records, baseline, "strict_score"))
-            summary |= {"adherence_gain": mean_with_interval(gain), "win_rate": wins.estimate}
+            summary |= {"adherence_gain": mean_with_interval(gain), "win_rate": wins.estimate, "win_rate_t": wins.t}
             summary |= {"wins": wins.wins, "losses": wins.losses, "ties": wins.ties, "strict_win_rate": strict.estimate}
     return {name: _plain(value) for name, value in summary.items()}
 

@@ -102,10 +102,13 @@ def _iteration_chart(run: Run, metric: Metric) -> Chart | None:
 def training_charts(run: Run) -> list[Chart]:
     """Loss, mutual information and KL by step, a line per iteration."""
     n = len(run.train_steps)
+    mi_note = "The same lower bound as in the evaluation, on the training batch."
+    if run.train_eos:
+        mi_note = "The evaluation's lower bound, on the training batch, end of sequence included."
     charts = []
     for key, title, note in (
-        ("loss", "Loss (nats)", "Two-sided InfoNCE on the training batch, plus any KL term: lower is better."),
-        ("mi_nats", "Mutual information (nats)", "The same lower bound as in the evaluation, on the training batch."),
+        ("loss", "Loss (nats)", "InfoNCE on the training batch, plus any KL term: lower is better."),
+        ("mi_nats", "Mutual information (nats)", mi_note),
         ("kl", "KL to the base (nats per token)", "How far the model has moved from its base."),
     ):
         lines = []

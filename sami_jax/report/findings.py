@@ -21,6 +21,7 @@ from sami_jax.report.measures import (
 from sami_jax.report.reading import Run
 
 NO_CHANGE = 1e-9  # a change within rounding error of zero is none
+LOW_SHARE = 0.8  # of form or content; a base at or below it says little by not falling (the miniature's gate)
 
 Direction = Literal["rose", "fell", "unchanged"]
 
@@ -125,11 +126,7 @@ def headline(run: Run) -> list[str]:
         sentences.append(text)
 
     form = of(WELL_FORMED, FAITHFUL)
-    warnings = [
-        f"Warning: {change.metric.label.lower()} fell {_on(change.split)}, {change.amount}."
-        for change in form
-        if change.is_concern
-    ]
+    warnings = [f"Warning: {concern}" for concern in map(_form_concern, form) if concern]
     quiet = "No fall in form or content was measured." if form else "Form and content were not judged."
     sentences += warnings or [quiet]
     drifts = [change for change in of(BASE_LOGP) if change.direction == "fell"]
@@ -139,6 +136,16 @@ def headline(run: Run) -> list[str]:
             + " A small fall is the price of any change, a large one a sign of over-optimisation."
         )
     return sentences
+
+
+def _form_concern(change: Change) -> str | None:
+    """What is wrong with form or content: a fall, or a base in which there was little to fall."""
+    label = change.metric.label.lower()
+    if change.is_concern:
+        return f"{label} fell {_on(change.split)}, {change.amount}."
+    if change.base is not None and change.base.mean <= LOW_SHARE:
+        return f"the share of {label} was low in the base already {_on(change.split)}, {change.amount}."
+    return None
 
 
 def _base_alone(run: Run) -> list[str]:

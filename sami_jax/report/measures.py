@@ -44,6 +44,7 @@ RATE = Unit(100.0, 1, " %", " points", "")
 NATS = Unit(1.0, 3, " nats", "", " (nats)")
 TOKENS = Unit(1.0, 1, " tokens", "", " (tokens)")
 LOG_PROB = Unit(1.0, 3, "", "", "")
+T_STATISTIC = Unit(1.0, 2, "", "", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Metric:
     key: str  # its field in eval/summary.json
     label: str
     unit: Unit
-    note: str  # one line under its chart
+    note: str  # one line under its chart; {normalize} is the run's, "mean" or "sum"
     gain_key: str | None = None  # the summary's paired difference from the base, where it has one
     is_comparison: bool = False  # compares with the base by itself: 0.5 is no difference
     fall_is_bad: bool = True
@@ -83,6 +84,12 @@ MI = Metric(
     "Lower bound from {normalize} log-probabilities: what a response tells of its rules.",
     gain_key="mi_gain_nats",
 )
+DISTINCT = Metric(
+    "distinct",
+    "Responses differ by constitution",
+    RATE,
+    "Queries whose responses all differ. Near 0 %, constitutions are ignored.",
+)
 WELL_FORMED = Metric("well_formed", "Well-formed responses", RATE, "Falls when the model over-optimises.")
 FAITHFUL = Metric("faithful", "Content copied rightly", RATE, "Form may be fine while the content is wrong.")
 LENGTH = Metric(
@@ -96,10 +103,10 @@ BASE_LOGP = Metric(
     "base_logp",
     "Likelihood under the base",
     LOG_PROB,
-    "Mean log-probability per token. A large fall is a sign of over-optimisation.",
+    "Log-probability, {normalize} over tokens. A large fall hints at over-optimisation.",
     fall_is_bad=False,
 )
-METRICS = (WIN_RATE, STRICT_WIN_RATE, ADHERENCE, MI, WELL_FORMED, FAITHFUL, LENGTH, BASE_LOGP)
+METRICS = (WIN_RATE, STRICT_WIN_RATE, ADHERENCE, MI, DISTINCT, WELL_FORMED, FAITHFUL, LENGTH, BASE_LOGP)
 
 SPLIT_LABELS = {"learned": "learned principles", "held_out": "held-out principles"}
 

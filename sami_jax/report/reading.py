@@ -28,6 +28,7 @@ class SplitSummary:
     wins: int | None
     ties: int | None
     losses: int | None
+    win_rate_t: float | None  # (win rate - 0.5) / its standard error
     judge: str | None
 
 
@@ -59,6 +60,8 @@ class QueryResult:
         """This query's value of a metric, the mean over its constitutions; None where it is not known."""
         if key == "mi_nats":
             return self.mi_nats
+        if key == "distinct":
+            return float(len(set(self.responses)) == len(self.responses))
         if key == "length_tokens":
             return sum(self.response_tokens) / len(self.response_tokens)
         if key not in ("adherence", "well_formed", "faithful") or self.verdicts is None:
@@ -92,6 +95,7 @@ class Run:
 
     info: Mapping[str, Any]
     config: Mapping[str, Any]
+    train_eos: bool  # training scored the end of sequence too; evaluation never does
     evaluations: Sequence[Evaluation]  # the base first
     base_results: Sequence[QueryResult]
     last_results: Sequence[QueryResult] | None  # the same queries; None: only the base has been evaluated
@@ -127,9 +131,13 @@ def read_run(run_dir: Path) -> Run:
             f"{folders[last] / 'eval' / 'results.jsonl'} holds other queries than iter_000's, or in another order; "
             f"delete {folders[last] / 'eval'} and go on with the run."
         )
+    config = read_json(run_dir / "config.json")
+    with _naming(run_dir / "config.json"):
+        train_eos = bool(config["train"]["train_eos"])
     return Run(
         info=info,
-        config=read_json(run_dir / "config.json"),
+        config=config,
+        train_eos=train_eos,
         evaluations=evaluations,
         base_results=base_results,
         last_results=last_results,
@@ -187,6 +195,7 @@ def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:
     return SplitSummary(
         estimates={key: _estimate(raw[key], key) for key in ESTIMATES if raw[key] is not None},
         per_principle={name: _estimate(value, name) for name, value in (raw["per_principle"] or {}).items()},
+        win_rate_t=raw.get("win_rate_t"),  # runs of before it was written have none
         **{key: raw[key] for key in ("n_queries", "n_unscored", "wins", "ties", "losses", "judge")},
     )
 

@@ -14,6 +14,7 @@ from sami_jax.report.measures import (
     MI,
     RATE,
     SPLIT_LABELS,
+    T_STATISTIC,
     WELL_FORMED,
     WIN_RATE,
     Metric,
@@ -69,6 +70,8 @@ def _number_rows(summaries: Sequence[SplitSummary]) -> list[tuple[str, list[Cell
         if metric is WIN_RATE:
             tallies = [None if s.wins is None else Cell(f"{s.wins} / {s.ties} / {s.losses}") for s in summaries]
             rows.append(("Wins / ties / losses", tallies))
+            ts = [None if s.win_rate_t is None else Cell(T_STATISTIC.number(s.win_rate_t)) for s in summaries]
+            rows.append(("t: the win rate's distance from 50 % in standard errors", ts))
         if metric.gain_key:
             gains = [_cell(s.estimates.get(metric.gain_key), unit, sign=True) for s in summaries]
             rows.append((f"{metric.label}: change from the base{unit.heading or ' (points)'}", gains))
