@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
-import inspect
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -31,12 +30,21 @@ from sami_jax.types import Array, Params, ScoreFn, TrainState
 
 BOS, EOS = "<s>", "</s>"
 
+# What decides a bit of the weights or the data: draws, texts, ids, loss, model, and the order they are stored in. What
+# else this file imports carries (run_directory, checkpoints), names (config, types, errors) or shows (progress).
+_SOURCES = (
+    "pretraining.py seeds.py losses.py data/miniature.py data/principles.py data/constitutions.py data/prompts.py "
+    "data/queries.py data/tokenizer.py model/config.py model/layers.py model/decoder.py model/huggingface.py"
+).split()
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers")
+
 
 def pretrained_folder(config: PretrainingConfig) -> Path:
-    """Where the base of this config is kept: named by the hash of all that makes it, this code included."""
+    """Where the base of this config is kept: named by the hash of all that makes it, code and libraries included."""
     made_by = {
         "config": _without_place(config),
-        "code": [_source_hash(m) for m in (miniature, inspect.getmodule(pretrain))],
+        "code": {name: run_directory.file_hash(Path(__file__).parent / name) for name in _SOURCES},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
     return Path(config.cache_dir) / run_directory.content_hash(made_by)[:16]
 
@@ -46,18 +54,20 @@ def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Pa
 
     Args:
       config: what to make.
-      safe_point: called between steps; what it raises stops the work after a save.
+      safe_point: called every few steps; a StoppedError that it raises stops the work after a save.
 
     Returns:
       A folder with `model/` (Hugging Face), `data/principles.json`, `data/train.jsonl`, `data/validation.jsonl`,
       `data/test.jsonl`, `metrics.jsonl` and DONE.json.
     """
-    folder = pretrained_folder(config)
-    if run_directory.sealed(folder, inputs=_without_place(config)) is not None:
-        return folder  # finished, so that any number of runs may read it at once
-    with run_directory.locked(folder):
-        if run_directory.sealed(folder, inputs=_without_place(config)) is None:
-            _make(config, folder, safe_point)
+    folder, inputs = pretrained_folder(config), _without_place(config)
+    # A finished folder is not locked, so that any number of runs may read it at once.
+    if run_directory.sealed(folder, inputs=inputs) is None:
+        with run_directory.locked(folder):
+            if run_directory.sealed(folder, inputs=inputs) is None:
+                _make(config, folder, safe_point)
+    # Only behind the seal: a kill before it would repeat all steps. Also what a kill in the middle of this line left.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
 
 
@@ -79,7 +89,10 @@ def weighted_cross_entropy(score: ScoreFn, params: Params, tokens: Array, weight
 
 
 def pretraining_optimizer(config: PretrainingConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) on the layers' matrices, AdamW on embedding and norms; warm-up, then linear to 0."""
+    """Muon (Jordan et al. 2024) on the layers' matrices, AdamW on embedding and norms; warm-up, then linear to 0.
+
+    Both have Nesterov momentum, which optax' Muon hands on to its AdamW.
+    """
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = max(1, round(config.warmup_share * config.steps))
@@ -149,9 +162,8 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None
         run_directory.write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
     principles = [dataclasses.asdict(p) for p in miniature.draw_principles(config.seed)]
     run_directory.write_json(folder / "data" / "principles.json", principles)
-    shutil.rmtree(folder / "checkpoints")
     counts = {"documents": len(documents), "steps": config.steps}
-    run_directory.seal(folder, inputs=_without_place(config), counts=counts)
+    run_directory.seal(folder, inputs=_without_place(config), counts=counts, outside="checkpoints")
 
 
 def _train(
@@ -172,25 +184,29 @@ def _train(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
+    log, log_every = folder / "metrics.jsonl", max(1, min(50, config.steps // 40))
+    save_every = 10 * log_every  # a checkpoint ends with a logged step, so that the means go on as if never interrupted
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         state = checkpoints.restore_latest(state) or state
         first = int(state.step)
+        run_directory.write_jsonl(log, [line for line in run_directory.read_log(log) if line["step"] <= first])
         progress = Progress("pretraining", config.steps, unit="steps", done=first)
         losses = []
         for index in range(first, config.steps):
             rows = sequences[index * config.batch_size : (index + 1) * config.batch_size]
             state, loss = update(state, *_pad(rows))
             losses.append(loss)
-            if (index + 1) % 50 and index + 1 < config.steps:
+            if (index + 1) % log_every and index + 1 < config.steps:
                 continue
             mean = float(np.mean(jax.device_get(losses)))
             if not np.isfinite(mean):
                 raise NonFiniteError(f"Pretraining: the loss is {mean} at step {index + 1}; lower its learning rates.")
-            run_directory.append_jsonl(folder / "metrics.jsonl", {"step": index + 1, "loss": mean})
+            run_directory.append_jsonl(log, {"step": index + 1, "loss": mean})
             progress.update(index + 1, f"loss {mean:.3f}")
             losses = []
-            if (index + 1) % 500 == 0:
+            if (index + 1) % save_every == 0:
                 checkpoints.save(state)
+                safe_point()
             else:
                 checkpoints.save_if_stopped(state, safe_point)
     return state.params
@@ -241,10 +257,6 @@ def _train_tokenizer(documents: list[tuple[str, str]], config: PretrainingConfig
 
 def _without_place(config: PretrainingConfig) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key not in ("cache_dir", "enabled")}
-
-
-def _source_hash(module: Any) -> str:
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 
 
 _CARD = """# A miniature base model
