@@ -158,10 +158,11 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices: data x fsdp of them share the batch, fsdp x tensor of them the weights."""
+    """Devices: data x fsdp x expert of them share the batch, fsdp x expert x tensor of them the weights."""
 
     data: int = _setting(1, "copies of the weights", at_least=1)
     fsdp: int = _setting(1, "devices that share the weights' embed axis and the batch", at_least=1)
+    expert: int = _setting(1, "devices that share the experts, else the embed axis, and the batch", at_least=1)
     tensor: int = _setting(1, "devices that share heads, mlp and vocabulary", at_least=1)
 
 

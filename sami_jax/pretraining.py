@@ -71,6 +71,28 @@ def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Pa
     return folder
 
 
+def base_shape(config: PretrainingConfig) -> DecoderConfig:
+    """The decoder that is pretrained."""
+    return DecoderConfig(
+        model_type="mistral",
+        vocab_size=config.vocab_size,
+        embed_dim=config.embed_dim,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.embed_dim // config.n_heads,
+        mlp_dim=config.mlp_dim,
+        n_experts=None,
+        experts_per_token=None,
+        max_positions=config.max_positions,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        norm_eps=1e-5,
+        sliding_window=None,
+        tied_embeddings=True,
+    )
+
+
 def weighted_cross_entropy(score: ScoreFn, params: Params, tokens: Array, weights: Array) -> Array:
     """Mean cross-entropy of the next token, in nats.
 
@@ -127,21 +149,7 @@ def muon_dimensions(params: Params) -> Params:
 def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None]) -> None:
     documents = list(miniature.draw_corpus(config.seed, config.steps * config.batch_size))
     tokenizer = _train_tokenizer(documents, config, folder / "tokenizer")
-    shape = DecoderConfig(
-        model_type="mistral",
-        vocab_size=config.vocab_size,
-        embed_dim=config.embed_dim,
-        n_layers=config.n_layers,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.embed_dim // config.n_heads,
-        mlp_dim=config.mlp_dim,
-        max_positions=config.max_positions,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        sliding_window=None,
-        tied_embeddings=True,
-    )
+    shape = base_shape(config)
     bos, eos = tokenizer.prompt_ids(BOS)[0], tokenizer.end_id()
     sequences = [_tokenize(document, tokenizer, config.prompt_weight) for document in documents]
     params = _train(config, shape, sequences, folder, safe_point)
@@ -150,6 +158,7 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None
         folder / "model",
         params,
         shape,
+        dtype="float32",
         huggingface_config=config_to_huggingface(shape, bos_token_id=bos, eos_token_id=eos),
         generation_config={"bos_token_id": bos, "eos_token_id": eos, "do_sample": False},
         tokenizer_folder=folder / "tokenizer",

@@ -1,5 +1,6 @@
 """Where arrays live: a device mesh, and the one table from logical axis names to its axes."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,36 +10,41 @@ from sami_jax.config import MeshConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.types import Params
 
-AXES = ("data", "fsdp", "tensor")
-RULES: dict[str, str | None] = {
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "norm": None,  # a norm's gain is small and read everywhere
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # examples are split over these
+# Every weight is shared by fsdp x expert x tensor devices, whatever its axes: none of any size is kept whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
+    "router": (),
+    "features": ("fsdp", "expert", "tensor"),  # of norms and routers
 }
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of the config over the first devices. Raises BadConfigError where there are too few."""
-    sizes = (config.data, config.fsdp, config.tensor)
-    needed = config.data * config.fsdp * config.tensor
-    devices = jax.devices()
+    sizes = tuple(getattr(config, axis) for axis in AXES)
+    needed, devices = math.prod(sizes), jax.devices()
     if needed > len(devices):
         raise BadConfigError(
-            f"config.mesh asks for {config.data} x {config.fsdp} x {config.tensor} = {needed} devices, but there are "
-            f"{len(devices)}; lower config.mesh, or on CPU set JAX_NUM_CPU_DEVICES={needed}."
+            f"config.mesh asks for {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))} = "
+            f"{needed} devices, but there are {len(devices)}; lower config.mesh, or on CPU set "
+            f"JAX_NUM_CPU_DEVICES={needed}."
         )
     # Auto: the compiler propagates shardings from parameters and batch; make_mesh alone would default to Explicit.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch's leading axis is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def padded_size(size: int, multiple: int) -> int:
@@ -58,7 +64,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose leading axis counts examples."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
@@ -70,18 +76,23 @@ def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
       axes: the same tree with tuples of logical axis names, one name per dimension.
 
     Raises:
-      BadConfigError: a dimension does not divide by its mesh axis.
+      BadConfigError: a dimension does not divide by its mesh axes.
+      ValueError: RULES map two dimensions of a parameter to one mesh axis.
     """
 
     def sharding(spec: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> NamedSharding:
+        used = [axis for name in names for axis in RULES[name]]
+        if len(used) > len(set(used)):
+            raise ValueError(f"The rules give one mesh axis to two of the axes {names}.")
         for size, name in zip(spec.shape, names, strict=True):
-            axis = RULES[name]
-            if axis is not None and size % mesh.shape[axis]:
+            share = math.prod(mesh.shape[axis] for axis in RULES[name])
+            if size % share:
+                axes = " x ".join(f"config.mesh.{axis}" for axis in RULES[name])
                 raise BadConfigError(
-                    f"The model's {name} axis has {size} entries, which {axis}={mesh.shape[axis]} devices cannot "
-                    f"share evenly; choose config.mesh.{axis} among the divisors of {size}."
+                    f"The model's {name} axis has {size} entries, which {share} devices cannot share evenly; choose "
+                    f"{axes} among the divisors of {size}."
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+        return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None for name in names)))
 
     return jax.tree.map(sharding, shapes, axes)
 

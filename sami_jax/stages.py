@@ -81,8 +81,8 @@ def load_model(folder: Path, config: RunConfig) -> LoadedModel:
     tokenizer = load_tokenizer(folder)
     mesh = make_mesh(config.mesh)
     shardings = param_shardings(mesh, *abstract_params(shape))
-    params = place(load_params(folder, shape), shardings)
-    return LoadedModel(folder, make_model(shape, remat=config.train.remat), params, tokenizer, mesh)
+    params = load_params(folder, shape, dtype=jnp.float32, shardings=shardings)
+    return LoadedModel(folder, make_model(shape, remat=config.train.remat, mesh=mesh), params, tokenizer, mesh)
 
 
 def folder_hash(folder: Path) -> str:
@@ -354,7 +354,7 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
             f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete the "
             "folder to train again."
         )
-    save_finetuned(out, state.params, loaded.model.config, source=base, card=card)
+    save_finetuned(out, state.params, loaded.model.config, dtype="float32", source=base, card=card)
     return int(state.step)
 
 

@@ -13,6 +13,7 @@ from sami_jax.data import miniature
 from sami_jax.errors import BadConfigError
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import abstract_params
+from sami_jax.pretraining import base_shape
 from sami_jax.sharding import make_mesh, param_shardings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -210,24 +211,6 @@ class TestFiles:
 VARIANTS = [str(path) for path in sorted((ROOT / "configs").glob("*.py"))] + [
     str(ROOT / "configs/miniature.py") + ":smoke"
 ]
-
-
-def base_shape(config: PretrainingConfig) -> DecoderConfig:
-    return DecoderConfig(
-        model_type="mistral",
-        vocab_size=config.vocab_size,
-        embed_dim=config.embed_dim,
-        n_layers=config.n_layers,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.embed_dim // config.n_heads,
-        mlp_dim=config.mlp_dim,
-        max_positions=config.max_positions,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        sliding_window=None,
-        tied_embeddings=True,
-    )
 
 
 class TestConfigsOfTheRepository:

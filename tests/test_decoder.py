@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sami_jax.config import MeshConfig
 from sami_jax.model.decoder import abstract_params, init_params, make_model
-from sami_jax.sharding import RULES, make_mesh, param_shardings, place
+from sami_jax.sharding import RULES
 from tiny_models import random_params, tiny_config
 
 # Logits of size 10 in float32, summed in another order: 1e-5 of the largest.
@@ -21,6 +20,7 @@ CONFIGS = {
     "tied": tiny_config(tied_embeddings=True),
     "one_kv_head": tiny_config(n_kv_heads=1),
     "llama": tiny_config(model_type="llama", n_kv_heads=4),
+    "mixtral": tiny_config(model_type="mixtral", n_experts=4, experts_per_token=2),
 }
 LENGTHS = (5, 1, 8)  # of the prompts; one token is the shortest
 
@@ -159,7 +159,10 @@ def test_every_parameter_has_one_known_axis_per_dimension(name):
     sizes = {
         "layers": config.n_layers,
         "embed": config.embed_dim,
-        "norm": config.embed_dim,
+        "features": config.embed_dim,
+        "expert_embed": config.embed_dim,
+        "experts": config.n_experts,
+        "router": config.n_experts,
         "heads": config.n_heads,
         "kv_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
@@ -187,15 +190,3 @@ def test_init_is_as_described_and_follows_its_key():
     assert abs(query.std() - 0.02) < 1e-3  # 5120 draws: the standard error is 0.02 / sqrt(2 * 5120) = 2e-4
     assert abs(np.corrcoef(query[0].ravel(), query[1].ravel())[0, 1]) < 0.1  # layers draw for themselves
     assert not np.array_equal(query[:, :, :2], key)
-
-
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)])
-def test_sharded_equals_unsharded(sizes):
-    config = tiny_config(vocab_size=64)
-    model, params, tokens = make_model(config, remat=False), random_params(config), tokens_of(4, 6)
-    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
-    placed = place(params, param_shardings(mesh, *abstract_params(config)))
-    score = jax.jit(functools.partial(all_logits, model))
-    assert_close(score(placed, tokens), score(params, tokens))
-    pieces = {shard.data.shape for shard in placed["blocks"]["mlp"]["gate"].addressable_shards}
-    assert pieces == {(2, 24 // sizes[1], 36 // sizes[2])}

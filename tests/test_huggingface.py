@@ -6,29 +6,49 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sami_jax.config import MeshConfig
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
-from sami_jax.model.config import DecoderConfig, config_from_huggingface, config_to_huggingface
-from sami_jax.model.huggingface import load_params, read_config, save_finetuned, save_model
-from tiny_models import random_params, tiny_config, write_tokenizer
+from sami_jax.model.config import DecoderConfig, RopeScaling, config_from_huggingface, config_to_huggingface
+from sami_jax.model.decoder import abstract_params
+from sami_jax.model.huggingface import SHARD_BYTES, load_params, read_config, save_finetuned, save_model
+from sami_jax.sharding import make_mesh, param_shardings
+from tiny_models import load_float32, random_params, tiny_config, write_tokenizer
 
 CONFIGS = {
     "mistral": tiny_config(),
     "window": tiny_config(sliding_window=7),
     "tied": tiny_config(tied_embeddings=True),
     "llama": tiny_config(model_type="llama", n_kv_heads=4),
+    "llama3": tiny_config(
+        model_type="llama",
+        tied_embeddings=True,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=32),
+    ),
+    "mixtral": tiny_config(model_type="mixtral", n_experts=3, experts_per_token=2),
 }
 HEAD, NORM, QUERY = "lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
-def save(folder: Path, config: DecoderConfig, params: Any, *, tokenizer_folder: Path = Path("nowhere")) -> Path:
+def save(
+    folder: Path,
+    config: DecoderConfig,
+    params: Any,
+    *,
+    tokenizer_folder: Path = Path("nowhere"),
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     save_model(
         folder,
         params,
         config,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
         huggingface_config=config_to_huggingface(config, bos_token_id=1, eos_token_id=2),
         generation_config={"eos_token_id": 2},
         tokenizer_folder=tokenizer_folder,
@@ -76,7 +96,7 @@ def test_round_trip_is_exact(tmp_path, name):
     params = random_params(config)
     folder = save(tmp_path / "deep" / "model", config, params)
     assert read_config(folder) == config
-    loaded = load_params(folder, config)
+    loaded = load_float32(folder, config)
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded, params)
     chex.assert_trees_all_equal(loaded, params)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -96,15 +116,80 @@ def test_a_stored_matrix_is_out_by_in_with_the_heads_flat(folder):
     assert all(tensor.dtype == np.float32 for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["mistral", "llama3", "mixtral"])
+def test_a_folder_comes_back_byte_by_byte(tmp_path, name, dtype):
+    config = CONFIGS[name]
+    first = save(tmp_path / "first", config, random_params(config), dtype=dtype)
+    second = save(tmp_path / "second", config, load_float32(first, config), dtype=dtype)
+    before, after = (load_file(path / "model.safetensors") for path in (first, second))
+    assert before.keys() == after.keys()
+    for tensor, values in before.items():
+        assert values.dtype == after[tensor].dtype == np.dtype(dtype)
+        assert values.tobytes() == after[tensor].tobytes(), tensor
+    assert json.loads((second / "config.json").read_text())["dtype"] == dtype
+
+
+def test_experts_have_the_names_of_the_hub_and_are_read_fused_too(tmp_path):
+    config = CONFIGS["mixtral"]
+    params = random_params(config)
+    folder = save(tmp_path / "model", config, params)
+    tensors, experts = load_file(folder / "model.safetensors"), params["blocks"]["mlp"]
+    moe = "model.layers.1.block_sparse_moe."
+    np.testing.assert_array_equal(tensors[moe + "gate.weight"], experts["router"][1].T)
+    for name, leaf in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        np.testing.assert_array_equal(tensors[f"{moe}experts.2.{name}.weight"], experts[leaf][1, 2].T)
+
+    def fuse(tensors: dict[str, np.ndarray]) -> None:
+        for layer in range(2):
+            old, new = f"model.layers.{layer}.block_sparse_moe.", f"model.layers.{layer}.mlp."
+            w1, w2, w3 = (
+                np.stack([tensors.pop(f"{old}experts.{expert}.{name}.weight") for expert in range(3)])
+                for name in ("w1", "w2", "w3")
+            )
+            tensors[new + "experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
+            tensors[new + "experts.down_proj"] = w2
+            tensors[new + "gate.weight"] = tensors.pop(old + "gate.weight")
+
+    edit_weights(folder, fuse)
+    assert "model.layers.0.mlp.experts.down_proj" in load_file(folder / "model.safetensors")
+    chex.assert_trees_all_equal(load_float32(folder, config), params)
+
+
+def test_weights_are_written_in_files_of_a_size_with_an_index(tmp_path):
+    config = CONFIGS["mixtral"]
+    folder = save(tmp_path / "model", config, random_params(config), shard_bytes=20_000)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    held = {name: file for file in files for name in load_file(folder / file)}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(random_params(config)))
+    assert all((folder / file).stat().st_size < 22_000 for file in files)  # the header is not counted
+    chex.assert_trees_all_equal(load_float32(folder, config), random_params(config))
+
+
+def test_every_device_gets_its_part(tmp_path):
+    config = tiny_config(vocab_size=62)
+    params = random_params(config)
+    folder = save(tmp_path / "model", config, params)
+    shardings = param_shardings(make_mesh(MeshConfig(fsdp=4, tensor=2)), *abstract_params(config))
+    loaded = load_params(folder, config, dtype=jnp.bfloat16, shardings=shardings)
+    for leaf, sharding, expected in zip(*map(jax.tree.leaves, (loaded, shardings, params)), strict=True):
+        assert leaf.sharding == sharding and leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16))
+    assert loaded["blocks"]["attention"]["query"].addressable_shards[0].data.shape == (2, 6, 2, 10)
+
+
 def test_sharded_weights_are_read(folder):
     shard(folder)
-    chex.assert_trees_all_equal(load_params(folder, tiny_config()), random_params(tiny_config()))
+    chex.assert_trees_all_equal(load_float32(folder, tiny_config()), random_params(tiny_config()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_weights_become_float32(folder, dtype):
     edit_weights(folder, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
-    loaded = load_params(folder, tiny_config())
+    loaded = load_float32(folder, tiny_config())
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), random_params(tiny_config()))
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded, rounded)
     chex.assert_trees_all_equal(loaded, rounded)
@@ -154,8 +239,11 @@ def test_config_round_trip(name):
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "model_type"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "factor"),  # beside rope_parameters: which holds?
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "key 'factor' is missing"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -203,7 +291,7 @@ def test_missing_folder_or_config(tmp_path):
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadDataError, match="neither model.safetensors nor"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
@@ -212,7 +300,7 @@ def test_truncated_weights(folder, keep):
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(BadDataError, match="model.safetensors is damaged or incomplete"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_weights_missing_and_unknown_are_all_named(folder):
@@ -222,7 +310,7 @@ def test_weights_missing_and_unknown_are_all_named(folder):
 
     edit_weights(folder, change)
     with pytest.raises(BadDataError) as caught:
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
     for named in (NORM, QUERY, "q_proj.bias", "missing", "unknown"):
         assert named in str(caught.value)
 
@@ -231,27 +319,27 @@ def test_weights_missing_and_unknown_are_all_named(folder):
 def test_one_weight_missing(folder, name):
     edit_weights(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(BadDataError, match=f"missing: {name}"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_one_weight_too_many(folder):
     extra = "model.layers.2.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors.update({extra: np.zeros((36, 24), np.float32)}))
     with pytest.raises(BadDataError, match=f"unknown: {extra}"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_rotary_buffers_of_old_folders_are_no_weights(folder):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32)}
     edit_weights(folder, lambda tensors: tensors.update(buffer))
-    chex.assert_trees_all_equal(load_params(folder, tiny_config()), random_params(tiny_config()))
+    chex.assert_trees_all_equal(load_float32(folder, tiny_config()), random_params(tiny_config()))
 
 
 @pytest.mark.parametrize("name, shape", [(QUERY, (24, 40)), (NORM, (1,)), (HEAD, (60, 24)), (QUERY, (40, 24, 1))])
 def test_wrong_shape(folder, name, shape):
     edit_weights(folder, lambda tensors: tensors.update({name: np.ones(shape, np.float32)}))
     with pytest.raises(BadDataError, match=f"{name} has shape") as caught:
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
     assert str(shape) in str(caught.value)
 
 
@@ -261,7 +349,7 @@ def test_an_index_may_not_point_outside_the_folder(folder, where):
     (folder / files[NORM]).rename(folder.parent / "elsewhere.safetensors")
     write_index(folder, files | {name: where for name, file in files.items() if file == files[NORM]})
     with pytest.raises(BadDataError, match="not a plain file name inside the folder"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_a_shard_may_not_be_a_link_out_of_the_folder(folder):
@@ -269,14 +357,14 @@ def test_a_shard_may_not_be_a_link_out_of_the_folder(folder):
     file.rename(folder.parent / "elsewhere.safetensors")
     file.symlink_to(folder.parent / "elsewhere.safetensors")
     with pytest.raises(BadDataError, match="not a plain file name inside the folder"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_a_missing_shard_is_named(folder):
     name = shard(folder)[NORM]
     (folder / name).unlink()
     with pytest.raises(BadDataError, match=f"{name} is named in the index but does not exist"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
@@ -284,7 +372,7 @@ def test_a_malformed_index_is_refused(folder, index):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(BadDataError, match="model.safetensors.index.json"):
-        load_params(folder, tiny_config())
+        load_float32(folder, tiny_config())
 
 
 def test_a_tied_head_must_equal_the_embedding(tmp_path):
@@ -292,10 +380,10 @@ def test_a_tied_head_must_equal_the_embedding(tmp_path):
     params = random_params(config)
     folder = save(tmp_path / "model", config, params)
     edit_weights(folder, lambda tensors: tensors.update({HEAD: params["embedding"].copy()}))
-    chex.assert_trees_all_equal(load_params(folder, config), params)
+    chex.assert_trees_all_equal(load_float32(folder, config), params)
     edit_weights(folder, lambda tensors: tensors.update({HEAD: params["embedding"] + 1}))
     with pytest.raises(BadDataError, match=f"ties the head to the embedding, but {HEAD} differs"):
-        load_params(folder, config)
+        load_float32(folder, config)
 
 
 def test_a_tied_head_without_its_embedding_is_refused(tmp_path):
@@ -303,7 +391,7 @@ def test_a_tied_head_without_its_embedding_is_refused(tmp_path):
     folder = save(tmp_path / "model", config, random_params(config))
     edit_weights(folder, lambda tensors: tensors.update({HEAD: tensors.pop("model.embed_tokens.weight")}))
     with pytest.raises(BadDataError, match="model.embed_tokens.weight"):
-        load_params(folder, config)
+        load_float32(folder, config)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -352,7 +440,7 @@ def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
     edit_config(folder, dtype="bfloat16", somebody="else's key")
     params = random_params(tiny_config(), seed=1)
     out = tmp_path / "tuned"
-    save_finetuned(out, params, read_config(folder), source=folder, card="# Tuned\n")
+    save_finetuned(out, params, read_config(folder), dtype="float32", source=folder, card="# Tuned\n")
     assert json.loads((out / "config.json").read_text()) == {
         **json.loads((folder / "config.json").read_text()),
         "dtype": "float32",
@@ -361,4 +449,4 @@ def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert (out / "README.md").read_text() == "# Tuned\n"
     assert (out.stat().st_mode & 0o777) == 0o755
-    chex.assert_trees_all_equal(load_params(out, read_config(out)), params)
+    chex.assert_trees_all_equal(load_float32(out, read_config(out)), params)

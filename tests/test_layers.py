@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sami_jax.model.layers import MLP, Attention, Block, LayerCache, attention, causal_mask, rms_norm, rotate
+from sami_jax.model.config import DecoderConfig, RopeScaling
+from sami_jax.model.decoder import Block
+from sami_jax.model.layers import MLP, Attention, LayerCache, attention, causal_mask, rms_norm, rope_frequencies, rotate
 from tiny_models import tiny_config
+
+FREQUENCIES = rope_frequencies(8, theta=50.0, scaling=None)
 
 # float32 rounds at 6e-8 relative; a few dozen terms of size 1 are summed. References are float64.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -41,19 +45,36 @@ class TestRmsNorm:
         assert_close(gradient, np.full(4, 1e3))  # 1 / sqrt(eps)
 
 
+def frequencies_of(config: DecoderConfig) -> np.ndarray:
+    return rope_frequencies(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+
+
+class TestRopeFrequencies:
+    def test_by_hand(self):
+        # theta ** (-2 i / H): 256 ** (0, -1/4, -1/2, -3/4)
+        assert_close(rope_frequencies(8, theta=256.0, scaling=None), [1, 1 / 4, 1 / 16, 1 / 64])
+
+    def test_llama3_stretches_the_long_waves_by_hand(self):
+        # Over 64 positions the pairs turn 64 f / 2 pi = 10.19, 2.546, 0.637 and 0.159 times. Above 4 turns a wave stays,
+        # below 1 it is slowed to a half; 2.546 is (2.546 - 1) / 3 = 0.5155 of the way: (0.5155 + 0.4845 / 2) / 4.
+        scaling = RopeScaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=64)
+        actual = rope_frequencies(8, theta=256.0, scaling=scaling)
+        np.testing.assert_allclose(actual, [1, (1 + 0.5155) / 8, 1 / 32, 1 / 128], rtol=1e-4)
+
+
 class TestRotate:
     def test_by_hand(self):
         # H = 4, theta = 100: frequencies 1 and 100 ** (-1/2) = 0.1. Pairs are (x0, x2) and (x1, x3).
         x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 4)
-        actual = rotate(x, jnp.array([[3]]), theta=100.0)[0, 0, 0]
+        actual = rotate(x, jnp.array([[3]]), rope_frequencies(4, theta=100.0, scaling=None))[0, 0, 0]
         # (1, 0) turned by 3 radians; (0, 2) turned by 0.3.
         assert_close(actual, [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)])
 
     def test_position_zero_changes_nothing_and_lengths_stay(self):
         x = jnp.asarray(normal(2, 5, 3, 8))
-        np.testing.assert_array_equal(rotate(x, jnp.zeros((2, 5), jnp.int32), theta=1e4), x)
+        np.testing.assert_array_equal(rotate(x, jnp.zeros((2, 5), jnp.int32), FREQUENCIES), x)
         positions = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
-        turned = rotate(x, positions, theta=1e4)
+        turned = rotate(x, positions, FREQUENCIES)
         assert_close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1))
 
     def test_only_the_distance_of_two_positions_matters(self):
@@ -61,7 +82,7 @@ class TestRotate:
 
         def product(query_position: int, key_position: int) -> float:
             at = (jnp.array([[position]], jnp.int32) for position in (query_position, key_position))
-            turned = (rotate(x, position, theta=50.0) for x, position in zip((query, key), at, strict=True))
+            turned = (rotate(x, position, FREQUENCIES) for x, position in zip((query, key), at, strict=True))
             return float(jnp.vdot(*turned))
 
         np.testing.assert_allclose(product(7, 3), product(107, 103), rtol=1e-4)
@@ -69,7 +90,7 @@ class TestRotate:
 
     def test_bfloat16_counts_positions_past_256(self):
         x = jnp.asarray(normal(1, 2, 1, 8)[:, :1]).repeat(2, axis=1).astype(jnp.bfloat16)
-        a, b = rotate(x, jnp.array([[1000, 1001]]), theta=1e4)[0]
+        a, b = rotate(x, jnp.array([[1000, 1001]]), FREQUENCIES)[0]
         assert float(jnp.abs(a - b).max()) > 0.1
 
 
@@ -137,7 +158,7 @@ class TestModules:
         x, positions = normal(2, 5, 24), np.tile(np.arange(5, dtype=np.int32), (2, 1))
         query, key, value, out = (np.asarray(w[...]) for w in (module.query, module.key, module.value, module.out))
         queries, keys = (
-            np.asarray(rotate(jnp.asarray(np.tensordot(x, w, 1)), jnp.asarray(positions), theta=config.rope_theta))
+            np.asarray(rotate(jnp.asarray(np.tensordot(x, w, 1)), jnp.asarray(positions), frequencies_of(config)))
             for w in (query, key)
         )
         back = positions[:, :, None] - positions[:, None, :]
@@ -153,7 +174,7 @@ class TestModules:
         positions = jnp.array([[3], [1]])
         empty = LayerCache(*(jnp.full((2, 5, 2, 10), 7.0) for _ in range(2)))
         _, cache = module(x, positions, empty)
-        keys = rotate(jnp.einsum("btd,dkh->btkh", x, module.key[...]), positions, theta=config.rope_theta)
+        keys = rotate(jnp.einsum("btd,dkh->btkh", x, module.key[...]), positions, frequencies_of(config))
         for row, slot in ((0, 3), (1, 1)):
             assert_close(cache.keys[row, slot], keys[row, 0])
             untouched = np.delete(np.arange(5), slot)

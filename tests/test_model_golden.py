@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 from sami_jax.config import MeshConfig, from_dict
 from sami_jax.data.pairs import Pair
 from sami_jax.model.decoder import make_model
-from sami_jax.model.huggingface import load_params, read_config
+from sami_jax.model.huggingface import read_config
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.sharding import batch_sharding, make_mesh
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
+from tiny_models import load_float32
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "model.npz"))
 QUERIES = json.loads(str(GOLDENS["queries"]))
@@ -44,7 +45,7 @@ def model_and_params(tmp_path_factory):
     weights = {name.removeprefix(prefix): array for name, array in GOLDENS.items() if name.startswith(prefix)}
     save_file(weights, folder / "model.safetensors")
     config = read_config(folder)
-    return make_model(config, remat=True), jax.tree.map(jnp.asarray, load_params(folder, config))
+    return make_model(config, remat=True), jax.tree.map(jnp.asarray, load_float32(folder, config))
 
 
 def test_logits(model_and_params):

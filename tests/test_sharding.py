@@ -1,6 +1,8 @@
 """Meshes and shardings: refusals that name the remedy, and a train step that eight devices do as one does."""
 
+import dataclasses
 import functools
+import math
 
 import chex
 import jax
@@ -12,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import doubles
 from sami_jax.config import MeshConfig, TrainConfig
 from sami_jax.errors import BadConfigError
+from sami_jax.model.config import DecoderConfig, RopeScaling
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import (
@@ -28,24 +31,43 @@ from sami_jax.sharding import (
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
 from tiny_models import random_params, tiny_config
 
-SHAPE = tiny_config(vocab_size=32, n_layers=2, embed_dim=16, head_dim=4, mlp_dim=24)
+SHAPE = tiny_config(vocab_size=32, n_layers=2, embed_dim=32, head_dim=4, mlp_dim=24)
+FAMILIES = {
+    "mistral": dataclasses.replace(SHAPE, sliding_window=4),
+    "llama3": dataclasses.replace(
+        SHAPE,
+        model_type="llama",
+        tied_embeddings=True,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8),
+    ),
+    "mixtral": dataclasses.replace(SHAPE, model_type="mixtral", n_experts=4, experts_per_token=2),
+}
+LAYOUTS = {
+    "fsdp": MeshConfig(fsdp=8),
+    "data, fsdp, tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp, expert, tensor": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "data, expert": MeshConfig(data=2, expert=4),
+}
 
 
 class TestMesh:
     def test_axes_and_sizes(self):
         mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
-        assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+        assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 4}
         assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
     def test_a_smaller_mesh_takes_the_first_devices(self):
         assert make_mesh(MeshConfig(data=2)).devices.ravel().tolist() == jax.devices()[:2]
 
     def test_too_many_devices_names_numbers_and_remedy(self):
-        with pytest.raises(BadConfigError, match=r"2 x 4 x 2 = 16 devices.* are 8; .*JAX_NUM_CPU_DEVICES=16"):
+        with pytest.raises(
+            BadConfigError, match=r"data=2 x fsdp=4 x expert=1 x tensor=2 = 16 devices.* are 8; .*DEVICES=16"
+        ):
             make_mesh(MeshConfig(data=2, fsdp=4, tensor=2))
 
-    def test_batches_are_split_over_data_and_fsdp(self):
-        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    @pytest.mark.parametrize("third", ["fsdp", "expert"])
+    def test_batches_are_split_over_all_axes_but_tensor(self, third):
+        mesh = make_mesh(MeshConfig(data=2, tensor=2, **{third: 2}))
         assert batch_shards(mesh) == 4
         placed = place(np.zeros((4, 3)), batch_sharding(mesh))
         assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
@@ -72,19 +94,19 @@ class TestParamShardings:
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
 
     def test_by_hand(self):
-        shapes = {"w": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32), "gain": jax.ShapeDtypeStruct((5,), jnp.float32)}
-        axes = {"w": ("layers", "embed", "mlp"), "gain": ("norm",)}
+        shapes = {"w": jax.ShapeDtypeStruct((3, 6, 8), jnp.float32), "gain": jax.ShapeDtypeStruct((16,), jnp.float32)}
+        axes = {"w": ("layers", "embed", "mlp"), "gain": ("features",)}
         assert param_shardings(self.mesh, shapes, axes) == {
-            "w": NamedSharding(self.mesh, PartitionSpec(None, "fsdp", "tensor")),
-            "gain": NamedSharding(self.mesh, PartitionSpec(None)),
+            "w": NamedSharding(self.mesh, PartitionSpec(None, ("fsdp", "expert"), "tensor")),
+            "gain": NamedSharding(self.mesh, PartitionSpec(("fsdp", "expert", "tensor"))),
         }
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"vocab_size": 30}, r"vocab axis has 30 entries, which tensor=4 .* config.mesh.tensor .* divisors of 30"),
-            ({"embed_dim": 15}, r"embed axis has 15 entries, which fsdp=2 .* config.mesh.fsdp .* divisors of 15"),
-            ({"n_kv_heads": 2}, r"kv_heads axis has 2 entries, which tensor=4"),
+            ({"vocab_size": 30}, r"vocab axis has 30 entries, which 4 devices .* config.mesh.tensor .* divisors of 30"),
+            ({"embed_dim": 15}, r"embed axis has 15 entries, which 2 devices .* config.mesh.fsdp x .* divisors of 15"),
+            ({"n_kv_heads": 2}, r"kv_heads axis has 2 entries, which 4 devices"),
             ({"mlp_dim": 22}, r"mlp axis has 22 entries"),
         ],
     )
@@ -94,29 +116,61 @@ class TestParamShardings:
         with pytest.raises(BadConfigError, match=message):
             param_shardings(self.mesh, *abstract_params(tiny_config(**sound | changes)))
 
-    def test_every_axis_of_the_decoder_has_a_rule_and_every_rule_an_axis(self):
-        _, axes = abstract_params(tiny_config())
-        names = {name for leaf in jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)) for name in leaf}
-        assert names == set(RULES)
+    def test_one_mesh_axis_for_two_dimensions_is_refused(self):
+        shapes = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+        with pytest.raises(ValueError, match=r"one mesh axis to two of the axes \('heads', 'mlp'\)"):
+            param_shardings(self.mesh, shapes, {"w": ("heads", "mlp")})
+
+    def test_every_axis_of_the_decoders_has_a_rule_and_every_rule_an_axis(self):
+        all_axes = [abstract_params(shape)[1] for shape in FAMILIES.values()]
+        leaves = jax.tree.leaves(all_axes, is_leaf=lambda x: isinstance(x, tuple))
+        assert {name for leaf in leaves for name in leaf} == set(RULES)
+
+
+def unshared_leaves(config: DecoderConfig, mesh_config: MeshConfig) -> list[str]:
+    """Weights from 64 KiB up of which a device holds over 1.1 times its even share."""
+    shapes, axes = abstract_params(config)
+    mesh = make_mesh(mesh_config)
+    shardings = jax.tree.leaves(param_shardings(mesh, shapes, axes))
+    found = []
+    for (path, spec), sharding in zip(jax.tree.leaves_with_path(shapes), shardings, strict=True):
+        held, share = math.prod(sharding.shard_shape(spec.shape)), spec.size * mesh_config.data / mesh.size
+        if spec.size * spec.dtype.itemsize >= 65536 and held > 1.1 * share:
+            found.append(jax.tree_util.keystr(path))
+    return found
+
+
+REAL_SIZE = {"vocab_size": 32000, "embed_dim": 4096, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "mlp_dim": 14336}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weight_is_kept_whole(family, layout, monkeypatch):
+    config = dataclasses.replace(FAMILIES[family], n_layers=32, **REAL_SIZE)
+    assert unshared_leaves(config, LAYOUTS[layout]) == []
+    for name in RULES:
+        monkeypatch.setitem(RULES, name, ())
+    every = [path for path, spec in jax.tree.leaves_with_path(abstract_params(config)[0]) if spec.size >= 16384]
+    assert len(unshared_leaves(config, LAYOUTS[layout])) == len(every) > 8
 
 
 SETTINGS = TrainConfig(learning_rate=1e-2, eps=1e-3, kl_beta=0.5)  # eps: updates that feel the gradient's size
 
 
 @functools.cache
-def two_steps(mesh_config: MeshConfig):
-    """The states after two steps of eight queries, four in memory at once, and their metrics."""
-    mesh = make_mesh(mesh_config)
-    shardings = param_shardings(mesh, *abstract_params(SHAPE))
-    policy, reference = (place(random_params(SHAPE, seed=seed), shardings) for seed in (0, 1))
+def two_steps(family: str, layout: str | None):
+    """The states after two steps of 16 queries, eight in memory at once, and their metrics; None is one device."""
+    shape, mesh = FAMILIES[family], make_mesh(LAYOUTS[layout] if layout else MeshConfig())
+    shardings = param_shardings(mesh, *abstract_params(shape))
+    policy, reference = (place(random_params(shape, seed=seed), shardings) for seed in (0, 1))
     state = init_state(policy, make_optimizer(SETTINGS))
     state = jax.tree.map(lambda x: x if x.ndim else place(x, replicated(mesh)), state)
-    pairs = doubles.random_pairs(8, vocab=SHAPE.vocab_size, seed=5)
-    batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), 4)
+    pairs = doubles.random_pairs(16, vocab=shape.vocab_size, seed=5)
+    batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), 8)
     batch = place(batch, NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec)))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
-    score = chex.assert_max_traces(make_model(SHAPE, remat=False).score, n=2)
+    score = chex.assert_max_traces(make_model(shape, remat=False, mesh=mesh).score, n=2)
     train_step = make_train_step(score, SETTINGS)
     states, seen = [], []
     for _ in range(2):
@@ -126,19 +180,30 @@ def two_steps(mesh_config: MeshConfig):
     return states, seen, shardings
 
 
-ONE, EIGHT = MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 class TestEightDevices:
-    def test_the_first_loss_is_that_of_one_device(self):
-        ones, eights = two_steps(ONE)[1][0], two_steps(EIGHT)[1][0]
+    def test_logits_are_those_of_one_device(self, family, layout):
+        shape, params = FAMILIES[family], random_params(FAMILIES[family])
+        tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
+        at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
+        logits = []
+        for mesh in (make_mesh(MeshConfig()), make_mesh(LAYOUTS[layout])):
+            placed = place(params, param_shardings(mesh, *abstract_params(shape)))
+            score = jax.jit(make_model(shape, remat=False, mesh=mesh).score)
+            logits.append(np.asarray(score(placed, *place((tokens, at), batch_sharding(mesh)))))
+        # Logits of size 5 from sums in another order.
+        np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=2e-5)
+
+    def test_the_first_loss_is_that_of_one_device(self, family, layout):
+        ones, eights = two_steps(family, None)[1][0], two_steps(family, layout)[1][0]
         # The promise D1: 1e-6 relative in float32.
         np.testing.assert_allclose(eights.loss, ones.loss, rtol=1e-6)
         np.testing.assert_allclose(eights.query_losses, ones.query_losses, rtol=1e-5)
 
-    def test_gradients_and_updates_are_those_of_one_device(self):
-        (ones, _), (eights, _) = two_steps(ONE)[0][0], two_steps(EIGHT)[0][0]
+    def test_gradients_and_updates_are_those_of_one_device(self, family, layout):
+        (ones, _), (eights, _) = two_steps(family, None)[0][0], two_steps(family, layout)[0][0]
         # The first moment is 0.1 x the gradient. Sums of a few hundred float32 terms in another order: 1e-6 of the
         # gradient's own size, which is that of its largest entry.
         for one, eight in zip(jax.tree.leaves(ones.opt_state), jax.tree.leaves(eights.opt_state), strict=True):
@@ -147,18 +212,20 @@ class TestEightDevices:
             # An update is 1e-2 x g / (|g| + 1e-3) and so feels an error of 1e-6 in g a thousandfold x 1e-2.
             np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
             assert np.abs(one).max() > 0
-        np.testing.assert_allclose(two_steps(EIGHT)[1][0].grad_norm, two_steps(ONE)[1][0].grad_norm, rtol=1e-5)
+        one, eight = two_steps(family, None)[1][0], two_steps(family, layout)[1][0]
+        np.testing.assert_allclose(eight.grad_norm, one.grad_norm, rtol=1e-5)
 
-    def test_the_second_step_is_that_of_one_device(self):
-        for name, one in two_steps(ONE)[1][1]._asdict().items():
-            np.testing.assert_allclose(getattr(two_steps(EIGHT)[1][1], name), one, rtol=1e-4, atol=1e-5, err_msg=name)
+    def test_the_second_step_is_that_of_one_device(self, family, layout):
+        for name, one in two_steps(family, None)[1][1]._asdict().items():
+            eight = getattr(two_steps(family, layout)[1][1], name)
+            np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-5, err_msg=name)
 
-    def test_the_step_moves_the_weights(self):
-        _, seen, _ = two_steps(EIGHT)
+    def test_the_step_moves_the_weights(self, family, layout):
+        _, seen, _ = two_steps(family, layout)
         assert seen[1].loss < seen[0].loss and seen[0].share_changed > 0.5
 
-    def test_outputs_are_sharded_like_the_inputs(self):
-        states, _, shardings = two_steps(EIGHT)
+    def test_outputs_are_sharded_like_the_inputs(self, family, layout):
+        states, _, shardings = two_steps(family, layout)
         for values, placed in states:
             for tree in (placed.params, placed.opt_state[0].mu, placed.opt_state[0].nu):
                 same = jax.tree.map(
@@ -168,6 +235,3 @@ class TestEightDevices:
                     values.params,
                 )
                 assert all(jax.tree.leaves(same)), same
-        # and the weights' shards are a quarter of the whole, on a mesh where fsdp x tensor = 4
-        query = shardings["blocks"]["attention"]["query"]
-        assert query.shard_shape((2, 16, 4, 4)) == (2, 8, 2, 4)

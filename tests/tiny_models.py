@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.huggingface import load_params
 from sami_jax.types import Params
 
 KINDS = ("byte_level", "metaspace", "mistral")
@@ -31,8 +32,11 @@ def tiny_config(**changes: Any) -> DecoderConfig:
         "n_kv_heads": 2,
         "head_dim": 10,
         "mlp_dim": 36,
+        "n_experts": None,
+        "experts_per_token": None,
         "max_positions": 64,
         "rope_theta": 100.0,
+        "rope_scaling": None,
         "norm_eps": 1e-5,
         "sliding_window": None,
         "tied_embeddings": False,
@@ -46,9 +50,18 @@ def random_params(config: DecoderConfig, *, seed: int = 0, stddev: float = 0.3) 
     shapes, axes = abstract_params(config)
 
     def leaf(spec: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> np.ndarray:
-        return (("norm" in names) + rng.normal(0.0, stddev, spec.shape)).astype(np.float32)
+        gain = "features" in names and "router" not in names
+        return (gain + rng.normal(0.0, stddev, spec.shape)).astype(np.float32)
 
     return jax.tree.map(leaf, shapes, axes)
+
+
+def load_float32(folder: Path, config: DecoderConfig) -> Params:
+    """A model folder's weights on one device."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return load_params(
+        folder, config, dtype=np.float32, shardings=jax.tree.map(lambda _: one, abstract_params(config)[0])
+    )
 
 
 def write_tokenizer(folder: Path, kind: str, *, bos: bool, vocab_size: int = 340) -> Tokenizer:

@@ -2,37 +2,79 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sami_jax.errors import BadDataError
 
-_ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+
+class _Family(NamedTuple):
+    """What transformers does for a model type where config.json says nothing."""
+
+    architecture: str
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None  # Llama's config has no such key
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM"),
+    "mistral": _Family("MistralForCausalLM", sliding_window=4096),
+    "mixtral": _Family("MixtralForCausalLM", rope_theta=1_000_000.0),
+}
 # Keys that change the arithmetic in a way this decoder does not follow, with the values that leave it unchanged.
 _MUST_BE = {
     "hidden_act": ("silu",),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
+    "attention_dropout": (None, 0),
+    "router_jitter_noise": (None, 0),
     "quantization_config": (None,),
-    "rope_scaling": (None,),
     "layer_types": (None,),
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# RopeScaling field -> its key in config.json
+_LLAMA3_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """A decoder of the Mistral / Llama family.
+class RopeScaling:
+    """Llama 3.1's rotary frequencies for contexts longer than those of pretraining (`rope_type` "llama3").
 
     Attributes:
-      model_type: "mistral" or "llama", as config.json says it.
+      factor: what the frequencies of the longest waves are divided by.
+      low_freq_factor: waves longer than original_positions / low_freq_factor are divided by `factor`.
+      high_freq_factor: waves shorter than original_positions / high_freq_factor stay; between the two it is a blend.
+      original_positions: longest sequence of pretraining, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder of the Llama, Mistral or Mixtral family.
+
+    Attributes:
+      model_type: "llama", "mistral" or "mixtral", as config.json says it.
       vocab_size: V.
       embed_dim: D.
       n_layers: L.
       n_heads: N.
       n_kv_heads: K; N is a multiple of it.
       head_dim: H.
-      mlp_dim: F.
+      mlp_dim: F; with experts, of each.
+      n_experts: E, or None for one dense MLP.
+      experts_per_token: experts that a token is sent to, or None.
       max_positions: longest sequence, in tokens.
       rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched, or None.
       norm_eps: added to the mean square in RMSNorm.
       sliding_window: tokens a query sees, itself included; None for all.
       tied_embeddings: the output head is the embedding.
@@ -46,8 +88,11 @@ class DecoderConfig:
     n_kv_heads: int
     head_dim: int
     mlp_dim: int
+    n_experts: int | None
+    experts_per_token: int | None
     max_positions: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
     norm_eps: float
     sliding_window: int | None
     tied_embeddings: bool
@@ -61,29 +106,29 @@ class DecoderConfig:
             raise BadDataError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly.")
         if self.head_dim % 2:
             raise BadDataError(f"head_dim is {self.head_dim}, but rotary positions need an even one.")
+        if (self.n_experts or 0) < (self.experts_per_token or 0):
+            raise BadDataError(f"A token cannot be sent to {self.experts_per_token} of {self.n_experts} experts.")
 
 
 def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> DecoderConfig:
     """The shape that a Hugging Face config.json describes.
 
     Args:
-      config: the parsed config.json of a Mistral or Llama model, of transformers 4 or 5.
+      config: the parsed config.json of a Llama, Mistral or Mixtral model, of transformers 4 or 5.
       source: the file's name, for error messages.
 
     Raises:
       BadDataError: a key is missing, or asks for arithmetic this decoder does not do.
     """
     model_type = config.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise BadDataError(f"{source}: model_type is {model_type!r}; this version runs {sorted(_ARCHITECTURES)} only.")
+    if model_type not in _FAMILIES:
+        raise BadDataError(f"{source}: model_type is {model_type!r}; this version runs {sorted(_FAMILIES)} only.")
     for key, allowed in _MUST_BE.items():
         if config.get(key, allowed[0]) not in allowed:
             raise BadDataError(f"{source}: {key} is {config[key]!r}, which this version does not support.")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise BadDataError(f"{source}: rope_type is {rope['rope_type']!r}; this version supports 'default' only.")
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta; both leave 10000 unsaid.
-    rope_theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    family = _FAMILIES[model_type]
+    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling; both may leave them unsaid.
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     try:
         n_heads = int(config["num_attention_heads"])
         return DecoderConfig(
@@ -95,12 +140,14 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
             n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // n_heads),
             mlp_dim=int(config["intermediate_size"]),
+            n_experts=int(config["num_local_experts"]) if model_type == "mixtral" else None,
+            experts_per_token=int(config["num_experts_per_tok"]) if model_type == "mixtral" else None,
             max_positions=int(config["max_position_embeddings"]),
-            rope_theta=float(rope_theta),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
+            rope_scaling=_rope_scaling(rope, source),
             norm_eps=float(config["rms_norm_eps"]),
-            # Llama's config has no such key; in Mistral's an explicit null means none, and transformers takes 4096
-            # where the key is left out.
-            sliding_window=config.get("sliding_window", 4096) if model_type == "mistral" else None,
+            # An explicit null means none; what transformers takes where the key is left out differs by family.
+            sliding_window=config.get("sliding_window", family.sliding_window) if model_type != "llama" else None,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as missing:
@@ -109,10 +156,27 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
         raise BadDataError(f"{source}: a size is not a number ({error}).") from error
 
 
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise BadDataError(f"{source}: rope_type is {kind!r}; this version supports 'default' and 'llama3'.")
+    known = _ROPE_KEYS | (set(_LLAMA3_KEYS.values()) if kind == "llama3" else set())
+    for key in rope:
+        if key not in known or (key == "partial_rotary_factor" and rope[key] != 1):
+            raise BadDataError(f"{source}: the rope setting {key}={rope[key]!r} is not supported with {kind!r}.")
+    if kind == "default":
+        return None
+    return RopeScaling(**{field: rope[key] for field, key in _LLAMA3_KEYS.items()})
+
+
 def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eos_token_id: int | None) -> dict:
     """The config.json that `config_from_huggingface` and transformers read back as `config`."""
-    keys = {
-        "architectures": [_ARCHITECTURES[config.model_type]],
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope["rope_type"] = "llama3"
+        rope |= {key: getattr(config.rope_scaling, field) for field, key in _LLAMA3_KEYS.items()}
+    keys: dict[str, Any] = {
+        "architectures": [_FAMILIES[config.model_type].architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -122,7 +186,7 @@ def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eo
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.max_positions,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_parameters": rope,
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
@@ -132,6 +196,8 @@ def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eo
         "eos_token_id": eos_token_id,
         "dtype": "float32",
     }
-    if config.model_type == "mistral":
+    if config.model_type != "llama":
         keys["sliding_window"] = config.sliding_window
+    if config.n_experts is not None:
+        keys |= {"num_local_experts": config.n_experts, "num_experts_per_tok": config.experts_per_token}
     return keys

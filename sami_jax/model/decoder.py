@@ -1,4 +1,4 @@
-"""A Mistral / Llama decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
+"""A Llama / Mistral / Mixtral decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
 
 import functools
 from typing import NamedTuple
@@ -7,20 +7,43 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from sami_jax.model.config import DecoderConfig
-from sami_jax.model.layers import Block, LayerCache, rms_norm, scale, weight
+from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
+from sami_jax.model.moe import Experts
+from sami_jax.sharding import batch_sharding
 from sami_jax.types import Array, DecodeFn, Params, ScoreFn
 
 
-class Decoder(nnx.Module):
-    """Embedding, L scanned blocks, final norm, head."""
+class Block(nnx.Module):
+    """Pre-norm residual attention, then pre-norm residual MLP or experts."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None):
         self.config = config
+        self.attention_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
+        self.mlp = MLP(config, rngs) if config.n_experts is None else Experts(config, rngs, mesh=mesh)
+
+    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+        eps = self.config.norm_eps
+        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, cache)
+        x = x + mixed
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, L scanned blocks, final norm, head.
+
+    With a mesh, activations are split over its batch axes, so that weights are gathered and not activations.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None):
+        self.config, self.mesh = config, mesh
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        self.blocks = Block(config, rngs)
-        self.final_norm = scale((config.embed_dim,), ("norm",))
+        self.blocks = Block(config, rngs, mesh=mesh)
+        self.final_norm = scale((config.embed_dim,), ("features",))
         if not config.tied_embeddings:
             self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
 
@@ -43,11 +66,15 @@ class Decoder(nnx.Module):
 
         def block(x: Array, layer: tuple[nnx.State, LayerCache | None]) -> tuple[Array, LayerCache | None]:
             params, layer_cache = layer
-            return nnx.merge(graph, params)(x, positions, layer_cache)
+            x, layer_cache = nnx.merge(graph, params)(x, positions, layer_cache)
+            return self._split(x), layer_cache
 
-        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x = self._split(jnp.take(self.embedding[...], tokens, axis=0))
         x, cache = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, cache))
         return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache
+
+    def _split(self, x: Array) -> Array:
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V]."""
@@ -83,9 +110,15 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
 
 
 @functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
-def make_model(config: DecoderConfig, *, remat: bool) -> Model:
-    """The pure functions of a decoder of this shape; `remat` trades compute for memory in gradients of `score`."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+def make_model(config: DecoderConfig, *, remat: bool, mesh: Mesh | None = None) -> Model:
+    """The pure functions of a decoder of this shape.
+
+    Args:
+      config: the shape.
+      remat: trade compute for memory in gradients of `score`.
+      mesh: the devices that rows are split over; their number must then be a multiple of `sharding.batch_shards`.
+    """
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh=mesh)))
 
     def score(params: Params, tokens: Array, at: Array) -> Array:
         decoder = nnx.merge(graph, params)

@@ -1,15 +1,20 @@
-"""Hugging Face model folders: config.json and safetensors in, the same out."""
+"""Hugging Face model folders: config.json and safetensors in, the same out, one tensor at a time."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -18,25 +23,68 @@ from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.model.config import DecoderConfig, config_from_huggingface
 from sami_jax.model.decoder import abstract_params
 from sami_jax.run_directory import building, read_json, write_json, write_text
-from sami_jax.types import Params
+from sami_jax.types import Array, Params
+
+SHARD_BYTES = 5_000_000_000  # what transformers and the Hub take a file to be
+
+_Keys = tuple[str, ...]  # the way to a leaf of our params
+
+
+class _Leaf(NamedTuple):
+    """How one leaf of our params is stored on the Hub.
+
+    Attributes:
+      name: of its tensors; {layer} and {expert} are filled in, one tensor each.
+      inputs: leading axes of a slice that a matmul multiplies away, or None where it is stored as it is. A Hub matrix
+        is [out, in]; ours keeps the heads apart: [in..., out...].
+    """
+
+    name: str
+    inputs: int | None = None
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor that holds a slice of this shape."""
+        n = self.inputs
+        return shape if n is None else (math.prod(shape[n:]), math.prod(shape[:n]))
+
+    def from_stored(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A view of a stored tensor as a slice of this shape."""
+        if self.inputs is None:
+            return stored
+        outputs = len(shape) - self.inputs
+        apart = stored.reshape(*shape[self.inputs :], *shape[: self.inputs])
+        return apart.transpose(*range(outputs, len(shape)), *range(outputs))
+
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        """A slice as its tensor is stored."""
+        n = self.inputs
+        if n is None:
+            return array
+        return array.transpose(*range(n, array.ndim), *range(n)).reshape(self.stored_shape(array.shape))
+
 
 _LAYER = "model.layers.{layer}."
+_MOE, _EXPERT = _LAYER + "block_sparse_moe.", _LAYER + "block_sparse_moe.experts.{expert}."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Path in our params -> (name on the Hub, number of leading axes that a matrix multiplies away; None: stored as it is).
-# A Hub matrix is [out, in]; ours keeps the heads apart: [in..., out...].
-_NAMES: dict[tuple[str, ...], tuple[str, int | None]] = {
-    ("embedding",): (_EMBEDDING, None),
-    ("blocks", "attention_norm"): (_LAYER + "input_layernorm.weight", None),
-    ("blocks", "attention", "query"): (_LAYER + "self_attn.q_proj.weight", 1),
-    ("blocks", "attention", "key"): (_LAYER + "self_attn.k_proj.weight", 1),
-    ("blocks", "attention", "value"): (_LAYER + "self_attn.v_proj.weight", 1),
-    ("blocks", "attention", "out"): (_LAYER + "self_attn.o_proj.weight", 2),
-    ("blocks", "mlp_norm"): (_LAYER + "post_attention_layernorm.weight", None),
-    ("blocks", "mlp", "gate"): (_LAYER + "mlp.gate_proj.weight", 1),
-    ("blocks", "mlp", "up"): (_LAYER + "mlp.up_proj.weight", 1),
-    ("blocks", "mlp", "down"): (_LAYER + "mlp.down_proj.weight", 1),
-    ("final_norm",): ("model.norm.weight", None),
-    ("head",): (_HEAD, 1),
+_LEAVES: dict[_Keys, _Leaf] = {
+    ("embedding",): _Leaf(_EMBEDDING),
+    ("blocks", "attention_norm"): _Leaf(_LAYER + "input_layernorm.weight"),
+    ("blocks", "attention", "query"): _Leaf(_LAYER + "self_attn.q_proj.weight", 1),
+    ("blocks", "attention", "key"): _Leaf(_LAYER + "self_attn.k_proj.weight", 1),
+    ("blocks", "attention", "value"): _Leaf(_LAYER + "self_attn.v_proj.weight", 1),
+    ("blocks", "attention", "out"): _Leaf(_LAYER + "self_attn.o_proj.weight", 2),
+    ("blocks", "mlp_norm"): _Leaf(_LAYER + "post_attention_layernorm.weight"),
+    ("blocks", "mlp", "gate"): _Leaf(_LAYER + "mlp.gate_proj.weight", 1),
+    ("blocks", "mlp", "up"): _Leaf(_LAYER + "mlp.up_proj.weight", 1),
+    ("blocks", "mlp", "down"): _Leaf(_LAYER + "mlp.down_proj.weight", 1),
+    ("final_norm",): _Leaf("model.norm.weight"),
+    ("head",): _Leaf(_HEAD, 1),
+}
+_EXPERT_LEAVES: dict[_Keys, _Leaf] = {
+    ("blocks", "mlp", "router"): _Leaf(_MOE + "gate.weight", 1),
+    ("blocks", "mlp", "gate"): _Leaf(_EXPERT + "w1.weight", 1),
+    ("blocks", "mlp", "up"): _Leaf(_EXPERT + "w3.weight", 1),
+    ("blocks", "mlp", "down"): _Leaf(_EXPERT + "w2.weight", 1),
 }
 _BUFFERS = ("rotary_emb.inv_freq",)  # written by old transformers, recomputed from config.json
 
@@ -54,41 +102,44 @@ def read_config(folder: Path) -> DecoderConfig:
     return config_from_huggingface(config, source=str(path))
 
 
-def load_params(folder: Path, config: DecoderConfig) -> Params:
-    """Reads every weight of a model folder as float32.
+def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Params) -> Params:
+    """Reads every weight of a model folder straight to where it belongs.
+
+    A device's part of a tensor is read by itself, and no more than one tensor is in the host's memory at a time.
+
+    Args:
+      folder: safetensors, in one file or several with an index, float32, bfloat16 or float16. Mixtral's experts as the
+        Hub has them (w1, w2, w3 of each) or as transformers 5 does (fused).
+      config: of `read_config`.
+      dtype: of the result.
+      shardings: tree of shardings, as `sharding.param_shardings` gives it.
 
     Raises:
       BadDataError: a file is missing or damaged; a weight is missing, unknown or misshapen. All names are listed.
     """
-    tensors = _open_tensors(folder)
+    tensors = _split_experts(_open_tensors(folder), config)
     if config.tied_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
-        if not np.array_equal(tensors.pop(_HEAD)(), tensors[_EMBEDDING]()):
+        if not np.array_equal(tensors.pop(_HEAD).read(), tensors[_EMBEDDING].read()):
             raise BadDataError(f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it.")
     shapes, _ = abstract_params(config)
-    wanted = {name for path, _ in _leaves(shapes) for name in _layer_names(path, config)}
-    unknown = sorted(name for name in tensors.keys() - wanted if not name.endswith(_BUFFERS))
-    missing = sorted(wanted - tensors.keys())
-    if unknown or missing:
-        problems = [
-            f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
-        ]
-        raise BadDataError(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}).")
+    _refuse_misfits(folder, tensors, shapes, config)
 
-    def leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-        stacked = path[0] == "blocks"
-        slices = np.empty(shape, np.float32)
-        for layer, name in enumerate(_layer_names(path, config)):
-            target = shape[1:] if stacked else shape
-            stored = tensors[name]()
-            expected = _stored_shape(path, target)
-            if stored.shape != expected:
-                raise BadDataError(f"{folder}: {name} has shape {stored.shape}, but config.json implies {expected}.")
-            if not np.isfinite(stored).all():
-                raise BadDataError(f"{folder}: {name} holds NaN or infinity; download or export the model again.")
-            slices[layer if stacked else ...] = _from_stored(path, stored, target)
-        return slices
+    def load(path: _Keys, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
+        leaf, names = _leaf(path, config), _names(path, config)
+        if () in names:
+            return _load_slice(leaf, tensors[names[()]], spec.shape, dtype, sharding)
+        depth = len(next(iter(names)))
+        inner = sharding
+        if isinstance(sharding, NamedSharding):
+            inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
+        whole = jax.jit(functools.partial(jnp.zeros, spec.shape, dtype), out_shardings=sharding)()
+        put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+        for index, name in names.items():
+            part = _load_slice(leaf, tensors[name], spec.shape[depth:], dtype, inner)
+            whole = put(whole, part, np.asarray(index, np.int32))
+        return whole
 
-    return _map_leaves(lambda path, spec: leaf(path, spec.shape), shapes)
+    return _map_leaves(load, shapes, shardings)
 
 
 def save_model(
@@ -96,40 +147,66 @@ def save_model(
     params: Params,
     config: DecoderConfig,
     *,
+    dtype: str,
     huggingface_config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
     tokenizer_folder: Path,
     card: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model folder that any Hugging Face tool serves: built beside its place, then renamed.
 
+    Names and shapes are the Hub's. One file's tensors at most are in the host's memory at a time.
+
     Args:
       folder: must not exist, or be empty.
-      params: float32 weights, written as float32.
+      params: weights.
       config: their shape.
+      dtype: "float32", "bfloat16" or "float16", of the written weights.
       huggingface_config: config.json, its dtype aside.
       generation_config: generation_config.json.
       tokenizer_folder: whose tokenizer files are copied.
       card: README.md.
+      shard_bytes: longest safetensors file; where one is not enough, an index says which has what.
 
     Raises:
       BadDataError: the folder holds something else.
-      NonFiniteError: a weight is NaN or infinite.
+      NonFiniteError: a weight is NaN or infinite, or becomes so in `dtype`.
       SaveFailedError: the disk is full or not writable.
     """
-    tensors = {}
-    for path, array in _leaves(jax.device_get(params)):
-        for layer, name in enumerate(_layer_names(path, config)):
-            leaf = array[layer] if path[0] == "blocks" else array
-            if not np.isfinite(leaf).all():
-                raise NonFiniteError(f"{name} holds NaN or infinity; nothing was written to {folder}.")
-            tensors[name] = np.ascontiguousarray(_to_stored(path, leaf))
+    stored = np.dtype(dtype)
+    places = {
+        name: (path, index, math.prod(leaf.shape[len(index) :]) * stored.itemsize)
+        for path, leaf in _leaves(params)
+        for index, name in _names(path, config).items()
+    }
+    arrays = dict(_leaves(params))
+    split = split_state_dict_into_shards_factory(
+        places,
+        get_storage_size=lambda place: place[2],
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+
+    def tensor(name: str) -> np.ndarray:
+        path, index, _ = places[name]
+        found = _leaf(path, config).to_stored(np.asarray(arrays[path][index])).astype(stored)
+        if not np.isfinite(found).all():
+            raise NonFiniteError(f"{name} holds NaN or infinity as {dtype}; nothing was written to {folder}.")
+        return np.ascontiguousarray(found)
+
     with building(folder) as place:
         try:
-            save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+            for file, names in split.filename_to_tensors.items():
+                save_file({name: tensor(name) for name in names}, place / file, metadata={"format": "pt"})
         except SafetensorError as error:  # what a full disk becomes
             raise SaveFailedError(f"{folder} could not be written ({error}); free some space.") from error
-        write_json(place / "config.json", {**huggingface_config, "dtype": "float32"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(place / "model.safetensors.index.json", index)
+        # transformers 4 reads torch_dtype, transformers 5 dtype.
+        about = {key: value for key, value in huggingface_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+        write_json(place / "config.json", about)
         write_json(place / "generation_config.json", generation_config)
         write_text(place / "README.md", card)
         for name in TOKENIZER_FILES:
@@ -137,13 +214,14 @@ def save_model(
                 shutil.copyfile(tokenizer_folder / name, place / name)
 
 
-def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, source: Path, card: str) -> None:
+def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, dtype: str, source: Path, card: str) -> None:
     """`save_model` for weights trained from the model in `source`, whose config and tokenizer they keep."""
     generation = source / "generation_config.json"
     save_model(
         folder,
         params,
         config,
+        dtype=dtype,
         huggingface_config=read_json(source / "config.json"),
         generation_config=read_json(generation) if generation.is_file() else {},
         tokenizer_folder=source,
@@ -151,8 +229,39 @@ def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, sourc
     )
 
 
-def _open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Tensor name -> function that reads it, over all safetensors files of the folder."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A stored tensor, or the part `inside` of one, read from the file only when asked.
+
+    Attributes:
+      file: safetensors.
+      key: name in the file.
+      shape: of the part.
+      inside: one index or slice per leading axis of the stored tensor.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    inside: tuple[int | slice, ...] = ()
+
+    def read(self, *index: slice) -> np.ndarray:
+        """The part's entries at a slice per axis, in the stored dtype."""
+        axes = list(self.inside)
+        kept = [i for i, part in enumerate(axes) if isinstance(part, slice)]
+        kept += range(len(axes), len(axes) + len(self.shape) - len(kept))
+        axes += [slice(None)] * (max(kept, default=-1) + 1 - len(axes))
+        for axis, size, part in zip(kept, self.shape, index or [slice(None)] * len(self.shape), strict=True):
+            start, stop, _ = part.indices(size)
+            offset = axes[axis].start or 0  # type: ignore[union-attr]
+            axes[axis] = slice(offset + start, offset + stop)
+        # Opened anew each time: an open file's pages stay in memory as long as it is mapped.
+        with safe_open(self.file, framework="numpy") as reader:
+            return reader.get_slice(self.key)[tuple(axes)] if axes else reader.get_tensor(self.key)
+
+
+def _open_tensors(folder: Path) -> dict[str, _Tensor]:
+    """Every tensor of the folder's safetensors files by its name, none of them read."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         content = read_json(index)
@@ -166,15 +275,15 @@ def _open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
         files = [single.name]
     else:
         raise BadDataError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
-    tensors: dict[str, Callable[[], np.ndarray]] = {}
+    tensors: dict[str, _Tensor] = {}
     for name in files:
         path = folder / name
         if Path(name).name != name or path.resolve().parent != folder.resolve():
             raise BadDataError(f"{index}: {name!r} is not a plain file name inside the folder.")
         try:
-            reader = safe_open(path, framework="numpy")
-            for key in reader.keys():
-                tensors[key] = functools.partial(reader.get_tensor, key)
+            with safe_open(path, framework="numpy") as reader:
+                for key in reader.keys():
+                    tensors[key] = _Tensor(path, key, tuple(reader.get_slice(key).get_shape()))
         except FileNotFoundError:
             raise BadDataError(f"{path} is named in the index but does not exist.") from None
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
@@ -182,7 +291,92 @@ def _open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     return tensors
 
 
-def _leaves(tree: Params, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _split_experts(tensors: dict[str, _Tensor], config: DecoderConfig) -> dict[str, _Tensor]:
+    """Fused experts (transformers 5: gate_up_proj [E, 2 F, D], down_proj [E, D, F]) under the names the Hub gives them."""
+    if config.n_experts is None:
+        return tensors
+    f, found = config.mlp_dim, dict(tensors)
+    for layer in range(config.n_layers):
+        fused = f"model.layers.{layer}.mlp."
+        moe = _MOE.format(layer=layer)
+        if fused + "gate.weight" in found:
+            found[moe + "gate.weight"] = found.pop(fused + "gate.weight")
+        gate_up, down = (found.pop(fused + f"experts.{name}_proj", None) for name in ("gate_up", "down"))
+        for expert in range(config.n_experts):
+            parts = [("w1", gate_up, slice(0, f)), ("w3", gate_up, slice(f, None)), ("w2", down, slice(None))]
+            for name, whole, rows in parts:
+                if whole is not None and len(whole.shape) == 3 and expert < whole.shape[0]:
+                    size = len(range(*rows.indices(whole.shape[1])))
+                    part = dataclasses.replace(whole, shape=(size, whole.shape[2]), inside=(expert, rows))
+                    found[f"{moe}experts.{expert}.{name}.weight"] = part
+    return found
+
+
+def _refuse_misfits(folder: Path, tensors: Mapping[str, _Tensor], shapes: Params, config: DecoderConfig) -> None:
+    wanted = {
+        name: _leaf(path, config).stored_shape(spec.shape[len(index) :])
+        for path, spec in _leaves(shapes)
+        for index, name in _names(path, config).items()
+    }
+    unknown = sorted(name for name in tensors.keys() - wanted if not name.endswith(_BUFFERS))
+    missing = sorted(wanted.keys() - tensors.keys())
+    if unknown or missing:
+        problems = [
+            f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+        ]
+        raise BadDataError(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}).")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise BadDataError(f"{folder}: {name} has shape {tensors[name].shape}, but config.json implies {shape}.")
+
+
+def _load_slice(leaf: _Leaf, tensor: _Tensor, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
+    """One stored tensor as one of ours, each device's part read by itself."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        sizes = tuple(stop - start for start, stop in bounds)
+        if leaf.inputs is None:
+            found = tensor.read(*(slice(*bound) for bound in bounds))
+        else:
+            n = leaf.inputs
+            rows, columns = _flat(bounds[n:], shape[n:]), _flat(bounds[:n], shape[:n])
+            found = leaf.from_stored(tensor.read(rows, columns), sizes)
+        if not np.isfinite(found).all():
+            raise BadDataError(f"{tensor.file}: {tensor.key} holds NaN or infinity; download or export the model again.")
+        return np.ascontiguousarray(found, dtype)
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
+    """The slice of the flattened axes; only the first axis may be cut."""
+    if any(bound != (0, size) for bound, size in zip(bounds[1:], shape[1:], strict=True)):
+        raise ValueError(f"head_dim cannot be sharded: a stored matrix has it inside its heads ({bounds} of {shape}).")
+    inner = math.prod(shape[1:])
+    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
+
+
+def _put(whole: Array, part: Array, index: Array) -> Array:
+    return whole.at[tuple(index)].set(part)
+
+
+def _leaf(path: _Keys, config: DecoderConfig) -> _Leaf:
+    return (_LEAVES if config.n_experts is None else _LEAVES | _EXPERT_LEAVES)[path]
+
+
+def _names(path: _Keys, config: DecoderConfig) -> dict[tuple[int, ...], str]:
+    """Index into the leaf's leading axes -> the name of the tensor that is there."""
+    template = _leaf(path, config).name
+    if "{expert}" in template:
+        indices = itertools.product(range(config.n_layers), range(config.n_experts or 0))
+        return {(layer, expert): template.format(layer=layer, expert=expert) for layer, expert in indices}
+    if "{layer}" in template:
+        return {(layer,): template.format(layer=layer) for layer in range(config.n_layers)}
+    return {(): template}
+
+
+def _leaves(tree: Params, prefix: _Keys = ()) -> Iterator[tuple[_Keys, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*prefix, key))
@@ -190,29 +384,11 @@ def _leaves(tree: Params, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
             yield (*prefix, key), value
 
 
-def _map_leaves(function: Callable[[tuple[str, ...], Any], Any], tree: Params, prefix: tuple[str, ...] = ()) -> Params:
+def _map_leaves(function: Callable[..., Any], tree: Params, other: Params, prefix: _Keys = ()) -> Params:
+    """The tree of function(path, leaf, the other tree's leaf)."""
     return {
-        key: _map_leaves(function, value, (*prefix, key))
+        key: _map_leaves(function, value, other[key], (*prefix, key))
         if isinstance(value, dict)
-        else function((*prefix, key), value)
+        else function((*prefix, key), value, other[key])
         for key, value in tree.items()
     }
-
-
-def _layer_names(path: tuple[str, ...], config: DecoderConfig) -> list[str]:
-    template = _NAMES[path][0]
-    return [template.format(layer=i) for i in range(config.n_layers)] if path[0] == "blocks" else [template]
-
-
-def _stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    n_in = _NAMES[path][1]
-    return shape if n_in is None else (math.prod(shape[n_in:]), math.prod(shape[:n_in]))
-
-
-def _from_stored(path: tuple[str, ...], stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return stored if _NAMES[path][1] is None else stored.T.reshape(shape)
-
-
-def _to_stored(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    out, into = (_stored_shape(path, array.shape) + (0,))[:2]
-    return array if _NAMES[path][1] is None else array.reshape(into, out).T

@@ -1,6 +1,7 @@
-"""The layers of a Mistral / Llama decoder, as functions of one layer's weights.
+"""The layers of a Llama / Mistral / Mixtral decoder, as functions of one layer's weights.
 
-Axes: B rows, T tokens, S cache slots, D embed, N heads, K key/value heads, H head dim, F mlp, L layers. Parameters are
+Axes: B rows, T tokens, S cache slots, D embed, N heads, K key/value heads, H head dim, F mlp, E experts,
+L layers. Parameters are
 born stacked on a leading L axis, and every one names its logical axes, which `sharding` maps to a mesh. The decoder
 scans over L, so the code below sees one layer's slice.
 """
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from sami_jax.model.config import DecoderConfig
+from sami_jax.model.config import DecoderConfig, RopeScaling
 from sami_jax.types import Array
 
 _INIT_STDDEV = 0.02  # Mistral's and Llama's initializer_range
@@ -47,21 +49,40 @@ def rms_norm(x: Array, gain: Array, *, eps: float) -> Array:
     return jnp.einsum("...d,d->...d", normed.astype(x.dtype), gain)
 
 
-def rotate(x: Array, positions: Array, *, theta: float) -> Array:
+def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Rotary frequencies.
+
+    Args:
+      head_dim: H.
+      theta: base; the frequency of pair i is theta ** (-2 i / H).
+      scaling: Llama 3.1's stretching of the long waves, or None.
+
+    Returns:
+      [H / 2] float32, radians per position.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling is not None:
+        # Turns that a pair makes over the pretraining context: the fewer, the longer the wave.
+        turns = scaling.original_positions * frequencies / (2 * np.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = np.clip(share, 0.0, 1.0)
+        frequencies = share * frequencies + (1.0 - share) * frequencies / scaling.factor
+    return frequencies.astype(np.float32)
+
+
+def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     """Rotary position embedding (Su et al. 2021), in the half-split layout of Hugging Face checkpoints.
 
     Args:
       x: [B, T, heads, H].
       positions: [B, T] int32.
-      theta: base; the frequency of pair i is theta ** (-2 i / H).
+      frequencies: [H / 2] float32, of `rope_frequencies`.
 
     Returns:
       [B, T, heads, H]: pairs (x[i], x[i + H/2]) turned by position * frequency. Angles are float32, since bfloat16
       cannot count positions past 256.
     """
     chex.assert_rank([x, positions], [4, 2])
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), frequencies)[:, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -114,9 +135,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
         """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with these tokens written at their positions."""
-        theta, window = self.config.rope_theta, self.config.sliding_window
-        queries = rotate(jnp.einsum("btd,dnh->btnh", x, self.query[...]), positions, theta=theta)
-        keys = rotate(jnp.einsum("btd,dkh->btkh", x, self.key[...]), positions, theta=theta)
+        c = self.config
+        frequencies = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
+        queries = rotate(jnp.einsum("btd,dnh->btnh", x, self.query[...]), positions, frequencies)
+        keys = rotate(jnp.einsum("btd,dkh->btkh", x, self.key[...]), positions, frequencies)
         values = jnp.einsum("btd,dkh->btkh", x, self.value[...])
         key_positions = positions
         if cache is not None:
@@ -124,7 +146,7 @@ class Attention(nnx.Module):
             cache = LayerCache(cache.keys.at[rows, positions].set(keys), cache.values.at[rows, positions].set(values))
             keys, values = cache
             key_positions = jnp.broadcast_to(jnp.arange(keys.shape[1])[None, :], keys.shape[:2])
-        mask = causal_mask(positions, key_positions, window=window)
+        mask = causal_mask(positions, key_positions, window=c.sliding_window)
         mixed = attention(queries, keys, values, mask)
         return jnp.einsum("btnh,nhd->btd", mixed, self.out[...]), cache
 
@@ -142,20 +164,3 @@ class MLP(nnx.Module):
         gate = jnp.einsum("btd,df->btf", x, self.gate[...])
         up = jnp.einsum("btd,df->btf", x, self.up[...])
         return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])
-
-
-class Block(nnx.Module):
-    """Pre-norm residual attention, then pre-norm residual MLP."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.config = config
-        self.attention_norm = scale((config.n_layers, config.embed_dim), ("layers", "norm"))
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "norm"))
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
-        eps = self.config.norm_eps
-        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, cache)
-        x = x + mixed
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), cache

@@ -12,13 +12,22 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
-from sami_jax.model.decoder import Decoder, make_model
-from sami_jax.model.huggingface import load_params, read_config, save_finetuned
-from sami_jax.model.layers import Block, rms_norm, rotate
+from sami_jax.model.decoder import Block, Decoder, make_model
+from sami_jax.model.huggingface import read_config, save_finetuned
+from sami_jax.model.layers import rms_norm, rope_frequencies, rotate
 from sami_jax.types import Params
+from tiny_models import load_float32
 
 # Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two
 # layers of sums in another order leave 4e-6.
@@ -40,6 +49,14 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+ROPE_LLAMA3 = {  # waves of each kind: some stay, some are stretched, some are between
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 MODELS = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=None)),
     "mistral_window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=5)),
@@ -47,6 +64,11 @@ MODELS = {
         MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=None, tie_word_embeddings=True)
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=ROPE)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=ROPE_LLAMA3, tie_word_embeddings=True)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, rope_parameters=ROPE, num_local_experts=4)),
+    "mixtral_window": lambda: MixtralForCausalLM(
+        MixtralConfig(**SHAPE, rope_parameters=ROPE, num_local_experts=5, num_experts_per_tok=3, sliding_window=5)
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 97, (3, 17))
 
@@ -83,7 +105,7 @@ def our_logits(folder: Path) -> np.ndarray:
     config = read_config(folder)
     at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape)
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    return np.asarray(make_model(config, remat=False).score(load_params(folder, config), tokens, at))
+    return np.asarray(make_model(config, remat=False).score(load_float32(folder, config), tokens, at))
 
 
 def our_block(folder: Path, params: Params, layer: int) -> Block:
@@ -116,7 +138,7 @@ def test_rope():
     config = MistralConfig(**SHAPE, rope_parameters=ROPE)
     cos, sin = MistralForCausalLM(config).model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     expected, _ = apply_rotary_pos_emb(*[torch.tensor(x).transpose(1, 2)] * 2, cos, sin)
-    actual = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32), theta=500.0)
+    actual = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32), rope_frequencies(12, theta=500.0, scaling=None))
     # Angles reach 127 radians, where float32 is exact to 4e-6 (half a unit in the last place).
     np.testing.assert_allclose(actual, expected.transpose(1, 2), rtol=0, atol=5e-5)
 
@@ -124,7 +146,7 @@ def test_rope():
 @pytest.mark.parametrize("layer", [0, 1])
 def test_ladder(folder, theirs, layer):
     config = read_config(folder)
-    params = jax.tree.map(jnp.asarray, load_params(folder, config))
+    params = jax.tree.map(jnp.asarray, load_float32(folder, config))
     block = our_block(folder, params, layer)
     prefix = f"model.layers.{layer}"
     rungs = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -165,7 +187,7 @@ def test_the_window_is_felt():
 def test_our_folder_in_transformers(folder, theirs, tmp_path):
     config = read_config(folder)
     out = tmp_path / "tuned"
-    save_finetuned(out, load_params(folder, config), config, source=folder, card="# A model\n")
+    save_finetuned(out, load_float32(folder, config), config, dtype="float32", source=folder, card="# A model\n")
     before, after = (load_file(path / "model.safetensors") for path in (folder, out))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
