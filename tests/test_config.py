@@ -8,10 +8,9 @@ import textwrap
 import jax
 import pytest
 
-from sami_jax.config import PRETRAINED, PretrainingConfig, RunConfig, describe_fields, from_dict, load_config, to_dict
+from sami_jax.config import PRETRAINED, RunConfig, describe_fields, from_dict, load_config, to_dict
 from sami_jax.data import miniature
 from sami_jax.errors import BadConfigError
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import abstract_params
 from sami_jax.pretraining import base_shape
 from sami_jax.sharding import make_mesh, param_shardings

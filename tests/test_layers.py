@@ -55,8 +55,9 @@ class TestRopeFrequencies:
         assert_close(rope_frequencies(8, theta=256.0, scaling=None), [1, 1 / 4, 1 / 16, 1 / 64])
 
     def test_llama3_stretches_the_long_waves_by_hand(self):
-        # Over 64 positions the pairs turn 64 f / 2 pi = 10.19, 2.546, 0.637 and 0.159 times. Above 4 turns a wave stays,
-        # below 1 it is slowed to a half; 2.546 is (2.546 - 1) / 3 = 0.5155 of the way: (0.5155 + 0.4845 / 2) / 4.
+        # Over 64 positions the pairs turn 64 f / 2 pi = 10.19, 2.546, 0.637 and 0.159 times. Above 4 turns a wave
+        # stays, below 1 it is slowed to a half; 2.546 is (2.546 - 1) / 3 = 0.5155 of the way:
+        # (0.5155 + 0.4845 / 2) / 4.
         scaling = RopeScaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=64)
         actual = rope_frequencies(8, theta=256.0, scaling=scaling)
         np.testing.assert_allclose(actual, [1, (1 + 0.5155) / 8, 1 / 32, 1 / 128], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A Llama / Mistral / Mixtral decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
+"""The decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
 
 import functools
 from typing import NamedTuple

@@ -292,7 +292,7 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
 
 
 def _split_experts(tensors: dict[str, _Tensor], config: DecoderConfig) -> dict[str, _Tensor]:
-    """Fused experts (transformers 5: gate_up_proj [E, 2 F, D], down_proj [E, D, F]) under the names the Hub gives them."""
+    """Fused experts (transformers 5: gate_up_proj [E, 2 F, D], down_proj [E, D, F]) under the Hub's names."""
     if config.n_experts is None:
         return tensors
     f, found = config.mlp_dim, dict(tensors)
@@ -333,7 +333,7 @@ def _refuse_misfits(folder: Path, tensors: Mapping[str, _Tensor], shapes: Params
 def _load_slice(leaf: _Leaf, tensor: _Tensor, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
     """One stored tensor as one of ours, each device's part read by itself."""
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # a slice per axis
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         sizes = tuple(stop - start for start, stop in bounds)
         if leaf.inputs is None:

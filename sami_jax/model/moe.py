@@ -1,4 +1,4 @@
-"""Mixtral's mixture of experts: each token goes to its best few experts, and none is ever dropped (Jiang et al. 2024)."""
+"""Mixtral's mixture of experts: each token goes to its best few, and none is dropped (Jiang et al. 2024)."""
 
 import chex
 import jax
@@ -19,7 +19,8 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None):
         c = config
-        self.config, self.mesh = config, mesh
+        assert c.n_experts is not None and c.experts_per_token is not None
+        self.k, self.mesh = c.experts_per_token, mesh
         wide = (c.n_layers, c.n_experts, c.embed_dim, c.mlp_dim)
         self.router = weight(rngs, (c.n_layers, c.embed_dim, c.n_experts), ("layers", "features", "router"))
         self.gate = weight(rngs, wide, ("layers", "experts", "expert_embed", "mlp"))
@@ -27,7 +28,7 @@ class Experts(nnx.Module):
         self.down = weight(rngs, (*wide[:2], wide[3], wide[2]), ("layers", "experts", "mlp", "expert_embed"))
 
     def __call__(self, x: Array) -> Array:
-        chosen, shares = route(x, self.router[...], k=self.config.experts_per_token)
+        chosen, shares = route(x, self.router[...], k=self.k)
         return mixed_experts(x, chosen, shares, self.gate[...], self.up[...], self.down[...], mesh=self.mesh)
 
 
@@ -60,8 +61,8 @@ def mixed_experts(
       shares: [B, T, k] float32.
       gate, up: [E, D, F].
       down: [E, F, D].
-      mesh: devices to share the work: each sorts its own tokens. Over the "expert" axis tokens are gathered, each device
-        runs the experts it holds, and the sums are scattered back; over "tensor" each has a part of F.
+      mesh: devices to share the work: each sorts its own tokens. Over the "expert" axis tokens are gathered, each
+        device runs the experts it holds, and the sums are scattered back; over "tensor" each has a part of F.
 
     Returns:
       [B, T, D].
@@ -123,15 +124,18 @@ def ragged_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -
 def blocked_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -> Array:
     """`ragged_mlp` in plain matmuls: every expert's rows are padded to whole blocks, and blocks are scanned.
 
-    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs; empty blocks are
-    skipped. The gradient is written out, since that of a scan adds an [E, D, F] array of mostly zeros for every block;
-    it keeps no activations.
+    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs; empty blocks
+    are skipped. The gradient is written out, since that of a scan adds an [E, D, F] array of mostly zeros for each
+    block; it keeps no activations.
     """
     blocks, expert_of_block, place = _blocks(rows, sizes)
 
     def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         x, expert = inputs
-        run = lambda: _swiglu(x, gate[expert], up[expert], down[expert])
+
+        def run() -> Array:
+            return _swiglu(x, gate[expert], up[expert], down[expert])
+
         return None, jax.lax.cond(expert < gate.shape[0], run, lambda: jnp.zeros_like(x))
 
     _, outs = jax.lax.scan(one, None, (blocks, expert_of_block))
