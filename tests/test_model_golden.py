@@ -1,7 +1,9 @@
-"""Decoder, scoring and training against what torch said once (tests/goldens/make_model.py)."""
+"""Decoder, scoring and training against what torch said once (tests/goldens/make_families.py)."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +13,27 @@ from safetensors.numpy import save_file
 
 from sami_jax.config import MeshConfig, from_dict
 from sami_jax.data.pairs import Pair
-from sami_jax.model.decoder import make_model
+from sami_jax.losses import sami_loss
+from sami_jax.model.decoder import Model, make_model
 from sami_jax.model.huggingface import read_config
-from sami_jax.scoring import batch_widths, make_batch, score_pairs
+from sami_jax.sampling import greedy
+from sami_jax.scoring import batch_widths, cell_logps, make_batch, response_logits, score_pairs
 from sami_jax.sharding import batch_sharding, make_mesh
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
+from sami_jax.types import Array, Params
 from tiny_models import load_float32
 
-GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "model.npz"))
-QUERIES = json.loads(str(GOLDENS["queries"]))
-PAIRS = [
-    Pair(
-        number,
-        ("a prompt",) * len(query["prompts"]),
-        ("a response",) * len(query["responses"]),
-        tuple(map(tuple, query["prompts"])),
-        tuple(map(tuple, query["responses"])),
-    )
-    for number, query in enumerate(QUERIES)
-]
+FAMILIES = ("mistral", "llama3", "mixtral")
+
+
+class Golden(NamedTuple):
+    """A family's file, its model and pairs."""
+
+    says: dict[str, np.ndarray]
+    model: Model
+    params: Params
+    pairs: list[Pair]
+    load: Callable[[str], Params]  # the file's tensors under a prefix, as a tree like params
 
 
 def cross_entropy(matrix: np.ndarray, axis: int) -> float:
@@ -37,86 +41,130 @@ def cross_entropy(matrix: np.ndarray, axis: int) -> float:
     return float(-np.mean(np.diagonal(matrix - np.logaddexp.reduce(matrix, axis=axis, keepdims=True))))
 
 
-@pytest.fixture(scope="module")
-def model_and_params(tmp_path_factory):
+@pytest.fixture(scope="module", params=FAMILIES)
+def golden(request, tmp_path_factory) -> Golden:
+    with np.load(Path(__file__).parent / "goldens" / f"{request.param}.npz") as file:
+        says = dict(file)
     folder = tmp_path_factory.mktemp("golden")
-    (folder / "config.json").write_text(str(GOLDENS["config"]))
-    prefix = "weights/"
-    weights = {name.removeprefix(prefix): array for name, array in GOLDENS.items() if name.startswith(prefix)}
-    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(str(says["config"]))
     config = read_config(folder)
-    return make_model(config, remat=True), jax.tree.map(jnp.asarray, load_float32(folder, config))
+
+    def load(prefix: str) -> Params:
+        tensors = {name.removeprefix(prefix): array for name, array in says.items() if name.startswith(prefix)}
+        save_file(tensors, folder / "model.safetensors")
+        return load_float32(folder, config)
+
+    pairs = [
+        Pair(
+            number,
+            ("a prompt",) * len(query["prompts"]),
+            ("a response",) * len(query["responses"]),
+            tuple(map(tuple, query["prompts"])),
+            tuple(map(tuple, query["responses"])),
+        )
+        for number, query in enumerate(json.loads(str(says["queries"])))
+    ]
+    return Golden(says, make_model(config, remat=True), load("weights/"), pairs, load)
 
 
-def test_logits(model_and_params):
-    model, params = model_and_params
-    tokens = jnp.asarray(GOLDENS["tokens"], jnp.int32)
+def test_logits(golden):
+    tokens = jnp.asarray(golden.says["tokens"], jnp.int32)
     at = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    logits = model.score(params, tokens, at)
-    np.testing.assert_allclose(logits, GOLDENS["logits"], rtol=0, atol=1e-4)
+    logits = golden.model.score(golden.params, tokens, at)
+    np.testing.assert_allclose(logits, golden.says["logits"], rtol=0, atol=1e-4)
     # The same by prefill and steps, from where each row's prompt ends.
     lengths = jnp.array([12, 3])
-    decoded, cache = model.decode.prefill(params, tokens[:, :12], lengths, 20)
-    step = jax.jit(model.decode.step)
+    decoded, cache = golden.model.decode.prefill(golden.params, tokens[:, :12], lengths, 20)
+    step = jax.jit(golden.model.decode.step)
     rows = np.arange(2)
     for count in range(8):
         at = np.asarray(lengths) + count
-        np.testing.assert_allclose(decoded, GOLDENS["logits"][rows, at - 1], rtol=0, atol=1e-4)
-        decoded, cache = step(params, cache, tokens[rows, at], jnp.asarray(at))
+        np.testing.assert_allclose(decoded, golden.says["logits"][rows, at - 1], rtol=0, atol=1e-4)
+        decoded, cache = step(golden.params, cache, tokens[rows, at], jnp.asarray(at))
+
+
+def test_greedy_tokens(golden):
+    prompts = [pair.prompt_ids[0] for pair in golden.pairs]
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+    lengths = jnp.asarray([len(ids) for ids in prompts])
+    unstopped = jnp.zeros(golden.model.config.vocab_size, bool)
+    decode = golden.model.decode
+    samples = greedy(decode, golden.params, jnp.asarray(tokens), lengths, unstopped, max_new_tokens=8)
+    np.testing.assert_array_equal(samples.tokens, golden.says["greedy"])
+    assert len(set(golden.says["greedy"].ravel())) > 5  # a model that repeats itself would prove little
+
+
+def test_gradients(golden):
+    rows = [golden.pairs[i] for i in golden.says["order"][0]]
+    width, response_width = batch_widths(rows, round_to=4, eos_id=None)
+    batch = jax.tree.map(jnp.asarray, make_batch(rows, width=width, response_width=response_width, eos_id=None))
+
+    def loss(params: Params) -> Array:
+        logits = response_logits(golden.model.score, params, batch)
+        return jnp.mean(jax.vmap(sami_loss)(cell_logps(logits, batch, normalize="mean")).loss)
+
+    expected = golden.load("gradients/")
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(jax.grad(loss)(golden.params)), jax.tree.leaves(expected), strict=True
+    ):
+        # Sums of some hundred float32 terms, in another order: of the size of the leaf's largest entry.
+        largest = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
+        assert largest > 1e-4
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
 @pytest.mark.parametrize("rows, round_to", [(2, 1), (5, 16)])  # five queries: the first way leaves a batch half full
-def test_contrastive_matrix(model_and_params, normalize, rows, round_to):
-    model, params = model_and_params
+def test_contrastive_matrix(golden, normalize, rows, round_to):
     scored: list[int] = []
     matrices = score_pairs(
-        model.score,
-        params,
-        PAIRS,
+        golden.model.score,
+        golden.params,
+        golden.pairs,
         normalize=normalize,
         rows=rows,
         round_to=round_to,
         sharding=batch_sharding(make_mesh(MeshConfig())),
         scored=scored.append,
     )
-    expected = GOLDENS[f"{normalize}_logps"]
+    expected = golden.says[f"{normalize}_logps"]
     # A sum of up to eight tokens is up to 60 nats, where float32 has steps of 4e-6.
     np.testing.assert_allclose(matrices, expected, rtol=0 if normalize == "mean" else 1e-6, atol=1e-5)
-    assert scored[-1] == len(PAIRS)
+    assert scored[-1] == len(golden.pairs)
     # Transposed it would not pass, nor with a token too few or too many.
     assert np.abs(expected - expected.transpose(0, 2, 1)).max() > 0.1
 
 
 @pytest.mark.parametrize("optimizer, learning_rate", [("adamw", 1e-3), ("rmsprop", 1e-4)])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_four_step_losses(model_and_params, optimizer, learning_rate, micro_batch):
-    model, params = model_and_params
+def test_four_step_losses(golden, optimizer, learning_rate, micro_batch):
     train = from_dict({"train": {"optimizer": optimizer, "learning_rate": learning_rate}}).train
-    step = make_train_step(model.score, train)
-    state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(train))
-    width, response_width = batch_widths(PAIRS, round_to=4, eos_id=None)
+    step = make_train_step(golden.model.score, train)
+    state = init_state(jax.tree.map(jnp.copy, golden.params), make_optimizer(train))
+    width, response_width = batch_widths(golden.pairs, round_to=4, eos_id=None)
     losses, over_responses, over_constitutions = [], [], []
-    for indices in GOLDENS["order"]:
-        rows = [PAIRS[i] for i in indices]
+    for indices in golden.says["order"]:
+        rows = [golden.pairs[i] for i in indices]
         batch = make_batch(rows, width=width, response_width=response_width, eos_id=None)
-        state, metrics = step(state, params, jax.tree.map(jnp.asarray, micro_batches(batch, micro_batch)))
+        state, metrics = step(state, golden.params, jax.tree.map(jnp.asarray, micro_batches(batch, micro_batch)))
         losses.append(float(metrics.loss))
         over_responses.append(float(metrics.over_responses))
         over_constitutions.append(float(metrics.over_constitutions))
-    expected = GOLDENS[f"{optimizer}_losses"]
+    expected = golden.says[f"{optimizer}_losses"]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-4)
     # The loss is the mean of both sides, which a transposed matrix would exchange unseen.
-    first = [GOLDENS["mean_logps"][i] for i in GOLDENS["order"][0]]
+    first = [golden.says["mean_logps"][i] for i in golden.says["order"][0]]
     for actual, axis in ((over_responses[0], 1), (over_constitutions[0], 0)):
         np.testing.assert_allclose(actual, np.mean([cross_entropy(m, axis) for m in first]), rtol=0, atol=1e-5)
 
 
-def test_the_golden_losses_tell_training_from_none(model_and_params):
+def test_the_golden_losses_tell_training_from_none(golden):
     """The losses that weights left as they are would give: far from the golden ones after the first step."""
-    losses = np.mean([[cross_entropy(m, axis) for m in GOLDENS["mean_logps"]] for axis in (0, 1)], axis=0)
-    untrained = losses[GOLDENS["order"]].mean(axis=1)
+    losses = np.mean([[cross_entropy(m, axis) for m in golden.says["mean_logps"]] for axis in (0, 1)], axis=0)
+    untrained = losses[golden.says["order"]].mean(axis=1)
     for optimizer in ("adamw", "rmsprop"):
-        difference = np.abs(untrained - GOLDENS[f"{optimizer}_losses"])
+        difference = np.abs(untrained - golden.says[f"{optimizer}_losses"])
         assert difference[0] < 1e-6
         assert (difference[1:] > 1e-3).all()

@@ -3,7 +3,6 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,86 +11,38 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 from sami_jax.model.decoder import Block, Decoder, make_model
 from sami_jax.model.huggingface import read_config, save_finetuned
 from sami_jax.model.layers import rms_norm, rope_frequencies, rotate
+from sami_jax.model.moe import route
 from sami_jax.types import Params
 from tiny_models import load_float32
+from torch_models import FAMILIES, torch_model
 
 # Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two
 # layers of sums in another order leave 4e-6.
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 assert_logits_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # not 32 / 4
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,  # so that attention is far from uniform
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
-ROPE_LLAMA3 = {  # waves of each kind: some stay, some are stretched, some are between
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-MODELS = {
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=None)),
-    "mistral_window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=5)),
-    "mistral_tied": lambda: MistralForCausalLM(
-        MistralConfig(**SHAPE, rope_parameters=ROPE, sliding_window=None, tie_word_embeddings=True)
-    ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=ROPE)),
-    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=ROPE_LLAMA3, tie_word_embeddings=True)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, rope_parameters=ROPE, num_local_experts=4)),
-    "mixtral_window": lambda: MixtralForCausalLM(
-        MixtralConfig(**SHAPE, rope_parameters=ROPE, num_local_experts=5, num_experts_per_tok=3, sliding_window=5)
-    ),
-}
-TOKENS = np.random.default_rng(0).integers(0, 97, (3, 17))
+TOKENS = np.random.default_rng(0).integers(0, 64, (3, 17))
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    model = MODELS[request.param]()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # born as ones, which would hide a gain that is not applied
-                parameter.add_(0.3 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(path)
+    torch_model(request.param).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def theirs(folder) -> torch.nn.Module:
-    return torch_model(folder)
+    return loaded(folder)
 
 
-def torch_model(folder: Path) -> torch.nn.Module:
+def loaded(folder: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
@@ -132,15 +83,33 @@ def seen(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, tuple[np.n
     return found
 
 
-def test_rope():
+@pytest.mark.parametrize("family", ["mistral", "llama3"])
+def test_rope(family, tmp_path):
+    model = torch_model(family)
+    model.config.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
     rng = np.random.default_rng(0)
-    x, positions = rng.normal(size=(2, 9, 3, 12)).astype(np.float32), rng.integers(0, 128, (2, 9))
-    config = MistralConfig(**SHAPE, rope_parameters=ROPE)
-    cos, sin = MistralForCausalLM(config).model.rotary_emb(torch.tensor(x), torch.tensor(positions))
+    x, positions = rng.normal(size=(2, 9, 3, 8)).astype(np.float32), rng.integers(0, 128, (2, 9))
+    cos, sin = model.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     expected, _ = apply_rotary_pos_emb(*[torch.tensor(x).transpose(1, 2)] * 2, cos, sin)
-    actual = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32), rope_frequencies(12, theta=500.0, scaling=None))
+    frequencies = rope_frequencies(8, theta=config.rope_theta, scaling=config.rope_scaling)
+    actual = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32), frequencies)
     # Angles reach 127 radians, where float32 is exact to 4e-6 (half a unit in the last place).
     np.testing.assert_allclose(actual, expected.transpose(1, 2), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mixtral_window"])
+def test_experts_are_chosen_alike(family, tmp_path):
+    model = torch_model(family)
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    router = load_float32(tmp_path, config)["blocks"]["mlp"]["router"][0]
+    x = np.random.default_rng(0).normal(size=(3, 200, 24)).astype(np.float32)
+    with torch.no_grad():
+        _, shares, chosen = model.model.layers[0].mlp.gate(torch.tensor(x))
+    ours, our_shares = route(jnp.asarray(x), router, k=config.experts_per_token)
+    np.testing.assert_array_equal(ours.reshape(600, -1), chosen)
+    assert_close(our_shares.reshape(600, -1), shares)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -176,12 +145,15 @@ def test_logits(folder, theirs):
 
 def test_the_window_is_felt():
     """That the two agree on a windowed model says something only if the window changes the logits."""
-    torch.manual_seed(0)
-    windowed = MODELS["mistral_window"]().eval()
-    torch.manual_seed(0)
-    full = MODELS["mistral"]().eval()
+    windowed, full = torch_model("mistral"), torch_model("mistral", sliding_window=None)
     difference = np.abs(torch_logits(windowed) - torch_logits(full)).max(axis=(0, 2))
-    assert (difference[:5] < 1e-4).all() and (difference[5:] > 0.1).all()
+    assert (difference[:9] < 1e-4).all() and (difference[9:] > 0.1).all()
+
+
+def test_the_scaling_is_felt():
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    scaled, unscaled = torch_model("llama3"), torch_model("llama3", rope_parameters=plain)
+    assert np.abs(torch_logits(scaled) - torch_logits(unscaled)).max() > 0.1
 
 
 def test_our_folder_in_transformers(folder, theirs, tmp_path):
@@ -196,20 +168,21 @@ def test_our_folder_in_transformers(folder, theirs, tmp_path):
             after[name].shape,
             after[name].tobytes(),
         )
-    again = torch_model(out)
+    again = loaded(out)
     assert again.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
     np.testing.assert_array_equal(torch_logits(again), torch_logits(theirs))
     assert_logits_close(our_logits(out), torch_logits(theirs))
 
 
 def test_folders_of_bfloat16_shards_and_old_configs(folder, theirs, tmp_path):
-    """What the Hub holds: bfloat16, several shards with an index, and rope_theta where transformers 4 put it."""
-    torch_model(folder).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    """What the Hub holds: bfloat16, several shards with an index, and rope settings where transformers 4 put them."""
+    loaded(folder).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
     path.write_text(json.dumps(config))
-    expected = torch_logits(torch_model(tmp_path))
+    expected = torch_logits(loaded(tmp_path))
     assert np.abs(expected - torch_logits(theirs)).max() > 1e-3  # the weights were rounded
     assert_logits_close(our_logits(tmp_path), expected)

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sami_jax import iterations, stages
 from sami_jax.config import RunConfig, from_dict
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.training import query_indices
 from tiny_models import write_tokenizer
+from torch_models import torch_model
 
 STEPS, QUERIES_PER_STEP, N_PAIRS, SEED = 4, 4, 6, 3  # the second step crosses from one epoch into the next
 OPTIMIZERS = {
@@ -46,27 +47,14 @@ class Prepared(NamedTuple):
     texts: list[list[dict[str, Any]]]  # [query][constitution]
 
 
-@pytest.fixture(scope="module", params=["byte_level", "mistral"])
+KINDS = {"mistral": "mistral", "llama3": "byte_level", "mixtral": "mistral"}  # of tokenizer
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def prepared(request, tmp_path_factory) -> Prepared:
     folder = tmp_path_factory.mktemp(request.param)
-    tokens = write_tokenizer(folder, request.param, bos=True).get_vocab_size()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=tokens,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=256,
-        sliding_window=16,  # shorter than the prompts
-        rms_norm_eps=1e-5,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,  # and no pad_token_id: torch would freeze that token's embedding
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
+    tokens = write_tokenizer(folder, KINDS[request.param], bos=True).get_vocab_size()
+    torch_model(request.param, vocab_size=tokens, max_position_embeddings=256).save_pretrained(folder)
     texts = []
     for query in range(N_PAIRS):
         signs = ("concise", "comprehensive")
