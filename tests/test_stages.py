@@ -35,6 +35,7 @@ def model(tmp_path_factory) -> pathlib.Path:
         generation_config={},
         tokenizer_folder=folder / "tokenizer",
         card="# Tiny\n",
+        dtype="float32",
     )
     return folder / "model"
 

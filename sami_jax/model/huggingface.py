@@ -343,7 +343,7 @@ def _load_slice(leaf: _Leaf, tensor: _Tensor, shape: tuple[int, ...], dtype: Any
             rows, columns = _flat(bounds[n:], shape[n:]), _flat(bounds[:n], shape[:n])
             found = leaf.from_stored(tensor.read(rows, columns), sizes)
         if not np.isfinite(found).all():
-            raise BadDataError(f"{tensor.file}: {tensor.key} holds NaN or infinity; download or export the model again.")
+            raise BadDataError(f"{tensor.file}: {tensor.key} holds NaN or infinity; download or export it again.")
         return np.ascontiguousarray(found, dtype)
 
     return jax.make_array_from_callback(shape, sharding, read)
