@@ -170,13 +170,20 @@ def _build_parser() -> argparse.ArgumentParser:
         commands,
         "export",
         "write an iteration's weights as a Hugging Face folder elsewhere",
-        "sami export --workdir=runs/miniature --iteration=3 --out=my-model",
+        "sami export --workdir=runs/miniature --iteration=3 --out=my-model --dtype=bfloat16 --verify",
         _export,
         (),
     )
     export.add_argument("--workdir", required=True, type=Path, help="run directory")
     export.add_argument("--iteration", required=True, type=_positive, help="1, 2, ...")
     export.add_argument("--out", required=True, type=Path, help="new folder")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default float32, as trained)",
+    )
+    export.add_argument("--verify", action="store_true", help="load the new folder and compare its logits")
     return parser
 
 
@@ -313,7 +320,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from sami_jax.iterations import export_folder
 
-    print(export_folder(arguments.workdir, arguments.iteration, arguments.out))
+    to = {"dtype": arguments.dtype, "verify": arguments.verify}
+    print(export_folder(arguments.workdir, arguments.iteration, arguments.out, **to))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import shutil
 import signal
 import sys
 import time
@@ -117,20 +116,27 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
     return out / "summary.json"
 
 
-def export_folder(workdir: Path, iteration: int, out: Path) -> Path:
-    """Copies the Hugging Face folder of a run's iteration elsewhere, without the run's own files.
+def export_folder(workdir: Path, iteration: int, out: Path, *, dtype: str, verify: bool) -> Path:
+    """Writes the Hugging Face folder of a run's iteration elsewhere, in any dtype.
+
+    Args:
+      workdir: the run directory.
+      iteration: 1, 2, ....
+      out: new folder.
+      dtype: of its weights.
+      verify: load it again, and compare the logits of random tokens, which must be those of the rounded weights.
 
     Raises:
       BadDataError: the iteration has no finished export, or `out` holds files.
-      SaveFailedError: the disk is full or not writable.
+      NonFiniteError: a weight is not finite in `dtype`.
+      SaveFailedError: the disk is full or not writable, or what was written gives other logits.
     """
     exported = workdir / f"iter_{iteration:03d}" / "export"
     if not (exported / run_directory.DONE).is_file():
         raise BadDataError(f"{workdir} has no finished export of iteration {iteration}; go on with `sami run` first.")
-    outputs = run_directory.read_done(exported)["outputs"]
-    with run_directory.building(out.absolute()) as place:
-        for output in outputs:
-            shutil.copyfile(exported / output["path"], place / output["path"])
+    run_directory.read_done(exported)
+    config = from_dict(run_directory.read_json(workdir / "config.json"))
+    stages.convert(config, model=exported, out=out.absolute(), dtype=dtype, verify=verify)
     return out
 
 

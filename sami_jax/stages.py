@@ -23,7 +23,7 @@ from sami_jax.data.principles import Principle, read_principles
 from sami_jax.data.prompts import render
 from sami_jax.data.queries import Query, alternating_half, read_queries
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sami_jax.errors import BadDataError, NonFiniteError
+from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.evaluation.judges import get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
@@ -356,6 +356,40 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
         )
     save_finetuned(out, state.params, loaded.model.config, dtype="float32", source=base, card=card)
     return int(state.step)
+
+
+def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bool) -> None:
+    """Writes a model folder anew, its weights in another dtype.
+
+    Args:
+      config: whose mesh is used.
+      model: the folder.
+      out: the new one.
+      dtype: "float32", "bfloat16" or "float16".
+      verify: load `out` again, and compare the logits of random tokens.
+
+    Raises:
+      BadDataError: `model` cannot be used, or `out` holds files.
+      NonFiniteError: a weight is not finite in `dtype`.
+      SaveFailedError: the disk is full or not writable, or `out` gives other logits than the rounded weights do.
+    """
+    loaded = load_model(model, config)
+    card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
+    save_finetuned(out, loaded.params, loaded.model.config, dtype=dtype, source=model, card=card)
+    if not verify:
+        return
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), loaded.params)
+    shape = (batch_shards(loaded.mesh), min(64, loaded.model.config.max_positions))
+    tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, shape).astype(np.int32)
+    at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    placed = jax.device_put((tokens, at), batch_sharding(loaded.mesh))
+    score = jax.jit(loaded.model.score)
+    before, after = (np.asarray(score(params, *placed)) for params in (rounded, load_model(out, config).params))
+    if not np.array_equal(before, after):
+        raise SaveFailedError(
+            f"{out} does not give the logits of the weights it was made from (largest difference "
+            f"{np.abs(before - after).max():.3g}); do not use it, and export again."
+        )
 
 
 def model_card(config: RunConfig, iteration: int, *, base: str) -> str:

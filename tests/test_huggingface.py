@@ -1,6 +1,9 @@
 """Model folders: what is written is read back bit by bit, and what does not fit is refused by name."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from sami_jax.model.huggingface import SHARD_BYTES, load_params, read_config, sa
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import load_float32, random_params, tiny_config, write_tokenizer
 
+ROOT = Path(__file__).parents[1]
 CONFIGS = {
     "mistral": tiny_config(),
     "window": tiny_config(sliding_window=7),
@@ -244,6 +248,7 @@ def test_config_round_trip(name):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "key 'factor' is missing"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"rope_parameters": ["default"]}, "rope_parameters is \\['default'\\]"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -450,3 +455,54 @@ def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
     assert (out / "README.md").read_text() == "# Tuned\n"
     assert (out.stat().st_mode & 0o777) == 0o755
     chex.assert_trees_all_equal(load_float32(out, read_config(out)), params)
+
+
+MEASURED_LOAD = """
+import pathlib, sys, threading, time
+import jax, jax.numpy as jnp
+from sami_jax.model.huggingface import read_config
+from tiny_models import load_float32
+
+def anonymous():  # bytes of memory that no file backs
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
+folder = pathlib.Path(sys.argv[1])
+small = load_float32(pathlib.Path(sys.argv[2]), read_config(pathlib.Path(sys.argv[2])))  # whatever is set up once
+before, peak, done = anonymous(), [0], []
+thread = threading.Thread(target=watch)
+thread.start()
+params = jax.block_until_ready(load_float32(folder, read_config(folder)))
+done.append(True)
+thread.join()
+held = sum(x.nbytes for x in jax.tree.leaves(params))
+print(peak[0] - before - held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_two_tensors_at_most_beside_the_parameters(tmp_path, dtype):
+    shape = {"vocab_size": 64, "n_layers": 4, "embed_dim": 1024, "mlp_dim": 8192}
+    config, small = tiny_config(**shape), tiny_config()
+    params = random_params(config, stddev=0.02)
+    big = save(tmp_path / "big", config, params, dtype=dtype)
+    del params
+    save(tmp_path / "small", small, random_params(small))
+    words = [sys.executable, "-c", MEASURED_LOAD, str(big), str(tmp_path / "small")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tensor = 4 * 1024 * 8192
+    # 8 MiB for what the allocator keeps: a quarter of a tensor.
+    assert int(done.stdout) <= 2 * tensor + 2**23, f"{int(done.stdout) / tensor:.2f} tensors"

@@ -177,7 +177,7 @@ def test_a_missing_model_leaves_nothing_behind(tmp_path):
 @pytest.mark.slow
 def test_evaluate_and_export_give_what_the_run_gave(whole_run, flags, tmp_path):
     exported = tmp_path / "model"
-    done = finished("export", f"--workdir={whole_run}", "--iteration=1", f"--out={exported}")
+    done = finished("export", f"--workdir={whole_run}", "--iteration=1", f"--out={exported}", "--verify")
     assert done.returncode == 0, done.stderr
     theirs, ours = (folder / "model.safetensors" for folder in (whole_run / "iter_001/export", exported))
     assert theirs.read_bytes() == ours.read_bytes()

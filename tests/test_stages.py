@@ -133,6 +133,16 @@ class TestTrain:
         assert not (tmp_path / "out.training").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convert_and_verify(model, tmp_path, dtype):
+    out = tmp_path / "out"
+    stages.convert(config_of(), model=model, out=out, dtype=dtype, verify=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
+    for name, weight in before.items():
+        np.testing.assert_array_equal(after[name], weight.astype(dtype))
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
 def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
     one_side = config_of(over_responses_weight=1.0, over_constitutions_weight=0.0)
     lines, _ = stages.score_file(one_side, model=model, pairs=pairs)

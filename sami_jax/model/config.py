@@ -128,7 +128,11 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
             raise BadDataError(f"{source}: {key} is {config[key]!r}, which this version does not support.")
     family = _FAMILIES[model_type]
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling; both may leave them unsaid.
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), dict | None):
+            raise BadDataError(f"{source}: {key} is {config[key]!r}; it must be an object or null.")
+        rope |= config.get(key) or {}
     try:
         n_heads = int(config["num_attention_heads"])
         return DecoderConfig(
