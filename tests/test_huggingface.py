@@ -489,7 +489,7 @@ print(peak[0] - before - held)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_two_tensors_at_most_beside_the_parameters(tmp_path, dtype):
-    shape = {"vocab_size": 64, "n_layers": 4, "embed_dim": 1024, "mlp_dim": 8192}
+    shape = {"vocab_size": 64, "n_layers": 2, "embed_dim": 1024, "mlp_dim": 16384}
     config, small = tiny_config(**shape), tiny_config()
     params = random_params(config, stddev=0.02)
     big = save(tmp_path / "big", config, params, dtype=dtype)
@@ -503,6 +503,6 @@ def test_loading_holds_two_tensors_at_most_beside_the_parameters(tmp_path, dtype
     }
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    tensor = 4 * 1024 * 8192
-    # 8 MiB for what the allocator keeps: a quarter of a tensor.
-    assert int(done.stdout) <= 2 * tensor + 2**23, f"{int(done.stdout) / tensor:.2f} tensors"
+    tensor = 4 * 1024 * 16384
+    # 16 MiB, a quarter of a tensor, for what compilation and the allocator keep. One tensor more would not pass.
+    assert int(done.stdout) <= 2 * tensor + 2**24, f"{int(done.stdout) / tensor:.2f} tensors"

@@ -25,6 +25,7 @@ from sami_jax.model.decoder import abstract_params
 from sami_jax.run_directory import building, read_json, write_json, write_text
 from sami_jax.types import Array, Params
 
+_ROWS_BYTES = 1 << 20  # read at a time
 SHARD_BYTES = 5_000_000_000  # what transformers and the Hub take a file to be
 
 _Keys = tuple[str, ...]  # the way to a leaf of our params
@@ -46,14 +47,6 @@ class _Leaf(NamedTuple):
         """Of the tensor that holds a slice of this shape."""
         n = self.inputs
         return shape if n is None else (math.prod(shape[n:]), math.prod(shape[:n]))
-
-    def from_stored(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """A view of a stored tensor as a slice of this shape."""
-        if self.inputs is None:
-            return stored
-        outputs = len(shape) - self.inputs
-        apart = stored.reshape(*shape[self.inputs :], *shape[: self.inputs])
-        return apart.transpose(*range(outputs, len(shape)), *range(outputs))
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
         """A slice as its tensor is stored."""
@@ -119,7 +112,7 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
     """
     tensors = _split_experts(_open_tensors(folder), config)
     if config.tied_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
-        if not np.array_equal(tensors.pop(_HEAD).read(), tensors[_EMBEDDING].read()):
+        if not _equal(tensors.pop(_HEAD), tensors[_EMBEDDING]):
             raise BadDataError(f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it.")
     shapes, _ = abstract_params(config)
     _refuse_misfits(folder, tensors, shapes, config)
@@ -135,8 +128,9 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
         whole = jax.jit(functools.partial(jnp.zeros, spec.shape, dtype), out_shardings=sharding)()
         put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
         for index, name in names.items():
-            part = _load_slice(leaf, tensors[name], spec.shape[depth:], dtype, inner)
-            whole = put(whole, part, np.asarray(index, np.int32))
+            # Nothing else holds the part, and it is waited for: the next tensor is read when this one is gone.
+            part_of = functools.partial(_load_slice, leaf, tensors[name], spec.shape[depth:], dtype, inner)
+            whole = jax.block_until_ready(put(whole, part_of(), np.asarray(index, np.int32)))
         return whole
 
     return _map_leaves(load, shapes, shardings)
@@ -245,19 +239,29 @@ class _Tensor:
     shape: tuple[int, ...]
     inside: tuple[int | slice, ...] = ()
 
-    def read(self, *index: slice) -> np.ndarray:
-        """The part's entries at a slice per axis, in the stored dtype."""
+    def read(self, *index: slice) -> Iterator[tuple[int, np.ndarray]]:
+        """The part's entries at a slice per axis, in the stored dtype, some rows at a time: (first row, rows).
+
+        Some at a time, since safetensors copies what it reads more than once.
+        """
+        sizes = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         axes = list(self.inside)
         kept = [i for i, part in enumerate(axes) if isinstance(part, slice)]
         kept += range(len(axes), len(axes) + len(self.shape) - len(kept))
         axes += [slice(None)] * (max(kept, default=-1) + 1 - len(axes))
-        for axis, size, part in zip(kept, self.shape, index or [slice(None)] * len(self.shape), strict=True):
+        for axis, size, part in zip(kept, self.shape, index, strict=True):
             start, stop, _ = part.indices(size)
             offset = axes[axis].start or 0  # type: ignore[union-attr]
             axes[axis] = slice(offset + start, offset + stop)
-        # Opened anew each time: an open file's pages stay in memory as long as it is mapped.
+        rows = axes[kept[0]]
+        assert isinstance(rows, slice)
+        step = max(1, _ROWS_BYTES // max(1, 4 * math.prod(sizes[1:])))
+        # Opened anew for each tensor: an open file's pages stay in memory as long as it is mapped.
         with safe_open(self.file, framework="numpy") as reader:
-            return reader.get_slice(self.key)[tuple(axes)] if axes else reader.get_tensor(self.key)
+            stored = reader.get_slice(self.key)
+            for start in range(rows.start, rows.stop, step):
+                axes[kept[0]] = slice(start, min(start + step, rows.stop))
+                yield start - rows.start, stored[tuple(axes)]
 
 
 def _open_tensors(folder: Path) -> dict[str, _Tensor]:
@@ -335,18 +339,27 @@ def _load_slice(leaf: _Leaf, tensor: _Tensor, shape: tuple[int, ...], dtype: Any
 
     def read(index: Any) -> np.ndarray:  # a slice per axis
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        sizes = tuple(stop - start for start, stop in bounds)
-        if leaf.inputs is None:
-            found = tensor.read(*(slice(*bound) for bound in bounds))
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        n = leaf.inputs
+        if n is None:
+            stored, parts = out, [slice(*bound) for bound in bounds]
         else:
-            n = leaf.inputs
-            rows, columns = _flat(bounds[n:], shape[n:]), _flat(bounds[:n], shape[:n])
-            found = leaf.from_stored(tensor.read(rows, columns), sizes)
-        if not np.isfinite(found).all():
-            raise BadDataError(f"{tensor.file}: {tensor.key} holds NaN or infinity; download or export it again.")
-        return np.ascontiguousarray(found, dtype)
+            stored = out.reshape(math.prod(out.shape[:n]), -1).T
+            parts = [_flat(bounds[n:], shape[n:]), _flat(bounds[:n], shape[:n])]
+        for first, rows in tensor.read(*parts):
+            if not np.isfinite(rows).all():
+                raise BadDataError(f"{tensor.file}: {tensor.key} holds NaN or infinity; download or export it again.")
+            stored[first : first + len(rows)] = rows
+        return out
 
     return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _equal(a: _Tensor, b: _Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    pairs = zip(a.read(slice(None), slice(None)), b.read(slice(None), slice(None)), strict=True)
+    return all(np.array_equal(mine, other) for (_, mine), (_, other) in pairs)
 
 
 def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
@@ -358,7 +371,10 @@ def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
 
 
 def _put(whole: Array, part: Array, index: Array) -> Array:
-    return whole.at[tuple(index)].set(part)
+    """The part at an index of the leading axes, in place where `whole` is donated."""
+    lead, rest = index.shape[0], part.ndim
+    start = [*index, *[jnp.zeros((), index.dtype)] * rest]
+    return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * lead + part.shape), start)
 
 
 def _leaf(path: _Keys, config: DecoderConfig) -> _Leaf:
