@@ -2,7 +2,7 @@
 # After that nothing touches the network.
 
 PYTHON ?= python3
-# Further options for pip, for instance an index with CPU-only wheels of torch: make parity PIP_FLAGS="--extra-index-url ..."
+# Further options for pip, for instance another index with CPU-only wheels of torch: make parity PIP_FLAGS=...
 PIP_FLAGS ?=
 # Further options for pytest: make test PYTEST_FLAGS="-k losses"
 PYTEST_FLAGS ?=

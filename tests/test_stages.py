@@ -73,29 +73,23 @@ class TestTrain:
         def stop() -> None:
             raise StoppedError("stop")
 
+        def go_on() -> str:
+            return stages.train_stage(
+                config_of(checkpoint_every=1),
+                base=model,
+                pairs=pairs,
+                iteration=1,
+                inputs="x",
+                out=tmp_path / "stopped",
+                log=lambda record: stopped_after.append(record["step"]),
+                safe_point=stop,
+            )
+
         for _ in range(3):
             with pytest.raises(StoppedError):
-                stages.train_stage(
-                    config_of(checkpoint_every=1),
-                    base=model,
-                    pairs=pairs,
-                    iteration=1,
-                    inputs="x",
-                    out=tmp_path / "stopped",
-                    log=lambda record: stopped_after.append(record["step"]),
-                    safe_point=stop,
-                )
+                go_on()
         assert stopped_after == [1, 2, 3]
-        stages.train_stage(
-            config_of(checkpoint_every=1),
-            base=model,
-            pairs=pairs,
-            iteration=1,
-            inputs="x",
-            out=tmp_path / "stopped",
-            log=lambda record: stopped_after.append(record["step"]),
-            safe_point=stop,
-        )
+        go_on()  # nothing is left but to seal
         assert stopped_after == [1, 2, 3]
         out = tmp_path / "exported"
         assert stages.save_trained(config_of(), base=model, trained=tmp_path / "stopped", out=out, card="") == 3
