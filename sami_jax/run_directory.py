@@ -95,6 +95,7 @@ def building(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)  # safetensors' are its owner's alone
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         if folder.exists():

@@ -104,6 +104,7 @@ def test_round_trip_is_exact(tmp_path, name):
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded, params)
     chex.assert_trees_all_equal(loaded, params)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
 def test_a_stored_matrix_is_out_by_in_with_the_heads_flat(folder):
