@@ -505,6 +505,6 @@ def test_loading_holds_two_tensors_at_most_beside_the_parameters(tmp_path, dtype
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     tensor = 4 * 1024 * 16384
-    # 32 MiB, half a tensor, for what compilation, threads and the allocator keep: it was 12 to 18 MiB in nine runs, most
-    # of it on a busy machine. One tensor more would not pass.
+    # 32 MiB, half a tensor, for what compilation, threads and the allocator keep: it was 12 to 18 MiB in nine runs, the
+    # most of it on a busy machine. One tensor more would not pass.
     assert int(done.stdout) <= 2 * tensor + 2**25, f"{int(done.stdout) / tensor:.2f} tensors"
