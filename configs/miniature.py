@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.train.learning_rate = 5e-4
     config.train.kl_beta = 1.0
     config.train.train_eos = True  # else some bases forget how to stop: docs/miniature.md
-    config.train.remat = False  # the activations of a model this small fit anywhere
+    config.train.remat = "none"  # the activations of a model this small fit anywhere
     config.evaluation = ml_collections.ConfigDict({"judge": "miniature"})
     config.pretraining = ml_collections.ConfigDict({"enabled": True, "seed": 0, "steps": 2000})
     if variant == "smoke":

@@ -8,11 +8,11 @@ import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.run_directory import read_json
-from sami_jax.types import Normalize
+from sami_jax.types import Dtype, Normalize, Remat
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes
 
@@ -145,7 +145,23 @@ class TrainConfig:
     round_tokens_to: int = _setting(
         32, "pad sequences to a multiple of this (long ones coarser): few shapes compile", at_least=1
     )
-    remat: bool = _setting(True, "recompute activations in the backward pass: less memory, about a quarter more time")
+    weights: str = _setting(
+        "float32",
+        "how weights and optimizer state are kept; bfloat16 takes half the memory, but rounded to the nearest (the "
+        "authors' mode) most weights never move",
+        choices=("float32", "bfloat16_stochastic", "bfloat16"),
+    )
+    remat: Remat = _setting(
+        "full",
+        "what the backward pass recomputes: none of a layer; all but the dots, its matmuls; or the full layer, in the "
+        "least memory",
+        choices=("none", "dots", "full"),
+    )
+
+    @property
+    def weights_dtype(self) -> Dtype:
+        """The format in which weights, gradients and optimizer state are kept."""
+        return "float32" if self.weights == "float32" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +189,11 @@ class RunConfig:
     seed: int = _setting(0, "decides constitutions, data order and sampling")
     model: str = _setting("", "base model: a Hugging Face folder")
     iterations: int = _setting(3, "rounds of sampling and training", at_least=1)
+    compute_dtype: Dtype = _setting(
+        "float32",
+        "of activations and matmuls; softmax, norms, router, logits and losses are float32 in any case",
+        choices=("float32", "bfloat16"),
+    )
     queries: QueriesConfig = _setting(QueriesConfig, "")
     constitutions: ConstitutionsConfig = _setting(ConstitutionsConfig, "")
     prompts: PromptsConfig = _setting(PromptsConfig, "")
@@ -323,13 +344,13 @@ _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     float: ("a number", float),
     bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
     str: ("text", str),
-    Normalize: ("mean or sum", str),
     tuple[int, ...]: ("a list of whole numbers such as (2, 4, 6)", ast.literal_eval),
     tuple[str, ...]: ("a list of texts such as ('###',)", ast.literal_eval),
 }
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
+    kind = str if typing.get_origin(kind) is Literal else kind  # its values are the setting's choices
     what, parse = _PARSERS[kind]
     problem = BadConfigError(f"{name} is {value!r}; it must be {what}.")
     if isinstance(value, _Text):
@@ -345,6 +366,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, tuple) or any(type(item) is not typing.get_args(kind)[0] for item in value):
             raise problem
         return value
-    if type(value) is not (str if kind is Normalize else kind):
+    if type(value) is not kind:
         raise problem
     return value

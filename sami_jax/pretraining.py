@@ -183,7 +183,7 @@ def _train(
     folder: Path,
     safe_point: Callable[[], None],
 ) -> Params:
-    score, optimizer = make_model(shape, remat=False).score, pretraining_optimizer(config)
+    score, optimizer = make_model(shape).score, pretraining_optimizer(config)
     params = init_params(shape, jax_key(config.seed, "init"))
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 

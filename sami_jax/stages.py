@@ -42,7 +42,7 @@ from sami_jax.training import (
     nonfinite_examples,
     query_indices,
 )
-from sami_jax.types import Params, TrainState
+from sami_jax.types import Dtype, Params, TrainState
 
 SafePoint = Callable[[], None]  # called where a stage may stop; raises StoppedError when someone asked for it
 Log = Callable[[dict[str, Any]], None]  # takes one line of metrics.jsonl
@@ -75,14 +75,19 @@ class Task:
     constitutions: tuple[Constitution, ...]
 
 
-def load_model(folder: Path, config: RunConfig) -> LoadedModel:
-    """Reads a Hugging Face folder onto the config's mesh. Raises BadDataError where it cannot be used."""
+def load_model(folder: Path, config: RunConfig, *, dtype: Dtype) -> LoadedModel:
+    """Reads a Hugging Face folder onto the config's mesh, its weights in `dtype`.
+
+    Raises:
+      BadDataError: it cannot be used.
+    """
     shape = read_config(folder)
     tokenizer = load_tokenizer(folder)
     mesh = make_mesh(config.mesh)
     shardings = param_shardings(mesh, *abstract_params(shape))
-    params = load_params(folder, shape, dtype=jnp.float32, shardings=shardings)
-    return LoadedModel(folder, make_model(shape, remat=config.train.remat, mesh=mesh), params, tokenizer, mesh)
+    params = load_params(folder, shape, dtype=jnp.dtype(dtype), shardings=shardings)
+    model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
+    return LoadedModel(folder, model, params, tokenizer, mesh)
 
 
 def folder_hash(folder: Path) -> str:
@@ -146,7 +151,7 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
       BadDataError: model or pairs cannot be used.
       NonFiniteError: a log-prob is NaN or infinite.
     """
-    loaded = load_model(model, config)
+    loaded = load_model(model, config, dtype=config.compute_dtype)
     shape = loaded.model.config
     data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions, vocab_size=shape.vocab_size)
     matrices = score_all(loaded, loaded.params, data, config, progress=Progress("scoring", len(data), unit="queries"))
@@ -206,7 +211,7 @@ def sample_stage(
     run_directory.begin(out, inputs=inputs)
     order = generator(config.seed, "sample", iteration).permutation(len(queries))
     needed = math.ceil(config.train.steps[iteration - 1] * config.train.queries_per_step / config.train.passes)
-    loaded = load_model(model, config)
+    loaded = load_model(model, config, dtype=config.compute_dtype)
     kept: list[Pair] = []
     rejects: list[dict[str, Any]] = []
     asked = 0
@@ -269,8 +274,9 @@ def train_stage(
     Raises:
       NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
     """
-    loaded = load_model(base, config)
-    train, shape = config.train, loaded.model.config
+    train = config.train
+    loaded = load_model(base, config, dtype=train.weights_dtype)
+    shape = loaded.model.config
     steps, size = train.steps[iteration - 1], train.queries_per_step
     eos_id = loaded.tokenizer.end_id() if train.train_eos else None
     room = shape.max_positions - train.train_eos
@@ -283,7 +289,11 @@ def train_stage(
     ids = [[data[i].example_id for i in indices] for indices in schedule]
     run_directory.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
-    step_fn, sharding = make_train_step(loaded.model.score, train), _micro_batch_sharding(loaded.mesh)
+    step_fn = make_train_step(loaded.model.score, train, seed=config.seed)
+    sharding = _micro_batch_sharding(loaded.mesh)
+    # In the dtype that it is computed in, where it gives the same logits in less memory.
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    reference = jax.tree.map(lambda x: jnp.array(x, compute_dtype), loaded.params) if train.kl_beta > 0 else None
     with Checkpoints(out / "checkpoints") as checkpoints:
         state = fresh_state(loaded, train)
         state = checkpoints.restore_latest(state) or state
@@ -295,7 +305,7 @@ def train_stage(
             rows = [data[i] for i in schedule[step]]
             batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
             micro = micro_batches(batch, train.micro_batch_queries * batch_shards(loaded.mesh))
-            state, metrics = step_fn(state, loaded.params, jax.device_put(micro, sharding))
+            state, metrics = step_fn(state, reference, jax.device_put(micro, sharding))
             if not bool(metrics.finite):
                 bad = nonfinite_examples(metrics, ids[step])
                 raise NonFiniteError(
@@ -319,8 +329,8 @@ def train_stage(
 
 
 def fresh_state(loaded: LoadedModel, train: TrainConfig) -> TrainState:
-    """The state before the first step: a copy of the weights, and optimizer moments sharded like them."""
-    state = init_state(jax.tree.map(jnp.copy, loaded.params), make_optimizer(train))
+    """The state before the first step: the weights, which it takes over, and optimizer moments sharded like them."""
+    state = init_state(loaded.params, make_optimizer(train))
     devices = set(loaded.mesh.devices.flat)
     return jax.tree.map(lambda x: x if x.sharding.device_set == devices else place(x, replicated(loaded.mesh)), state)
 
@@ -346,7 +356,7 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
       BadDataError: its last checkpoint is damaged.
     """
     finished = run_directory.read_done(trained)["counts"]
-    loaded = load_model(base, config)
+    loaded = load_model(base, config, dtype=config.train.weights_dtype)
     with Checkpoints(trained / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(fresh_state(loaded, config.train))
     if state is None or fingerprint(state) != finished["state"]:
@@ -354,7 +364,7 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
             f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete the "
             "folder to train again."
         )
-    save_finetuned(out, state.params, loaded.model.config, dtype="float32", source=base, card=card)
+    save_finetuned(out, state.params, loaded.model.config, dtype=config.train.weights_dtype, source=base, card=card)
     return int(state.step)
 
 
@@ -373,7 +383,7 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
       NonFiniteError: a weight is not finite in `dtype`.
       SaveFailedError: the disk is full or not writable, or `out` gives other logits than the rounded weights do.
     """
-    loaded = load_model(model, config)
+    loaded = load_model(model, config, dtype="float32")
     card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
     save_finetuned(out, loaded.params, loaded.model.config, dtype=dtype, source=model, card=card)
     if not verify:
@@ -384,7 +394,8 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
     at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     placed = jax.device_put((tokens, at), batch_sharding(loaded.mesh))
     score = jax.jit(loaded.model.score)
-    before, after = (np.asarray(score(params, *placed)) for params in (rounded, load_model(out, config).params))
+    written = load_model(out, config, dtype="float32").params
+    before, after = (np.asarray(score(params, *placed)) for params in (rounded, written))
     if not np.array_equal(before, after):
         raise SaveFailedError(
             f"{out} does not give the logits of the weights it was made from (largest difference "
@@ -435,8 +446,8 @@ def evaluate_stage(
     """
     all_tasks = evaluation_tasks(config)
     theirs = _read_baseline(baseline, all_tasks, config) if baseline else None
-    loaded = load_model(model, config)
-    base_params = loaded.params if model == base else load_model(base, config).params
+    loaded = load_model(model, config, dtype=config.compute_dtype)
+    base_params = loaded.params if model == base else load_model(base, config, dtype=config.compute_dtype).params
     run_directory.begin(out, inputs=inputs)
     records: list[dict[str, Any]] = []
     splits: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import optax
 from sami_jax.config import TrainConfig
 from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
 from sami_jax.scoring import cell_logps, response_logits
-from sami_jax.seeds import generator
+from sami_jax.seeds import generator, jax_key
 from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn, TrainState
 
 
@@ -88,19 +88,46 @@ def micro_batches(batch: ContrastiveBatch, queries: int) -> ContrastiveBatch:
     return jax.tree.map(lambda x: x.reshape(-1, queries, *x.shape[1:]), batch)
 
 
-TrainStep = Callable[[TrainState, Params, ContrastiveBatch], tuple[TrainState, StepMetrics]]
+def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
+    """The tree's values in the dtypes of `like`.
+
+    Args:
+      tree: arrays; where `like` is bfloat16, float32.
+      like: tree of the same structure.
+      key: of stochastic rounding, which goes to either of the two nearest bfloat16 values, to the nearer one as much
+        more often as it is nearer, so that the mean of many roundings is the value; None rounds to the nearest.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(like)]
+    rounded = []
+    for i, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
+        if key is not None and dtype == jnp.bfloat16:
+            # A bfloat16 is the upper half of a float32: what is added to the lower half carries as often as it should.
+            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+            noise = jax.random.bits(jax.random.fold_in(key, i), leaf.shape, jnp.uint16).astype(jnp.uint32)
+            noisy = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+            leaf = jnp.where(jnp.isfinite(leaf), noisy, leaf)
+        rounded.append(leaf.astype(dtype))
+    return jax.tree.unflatten(structure, rounded)
+
+
+TrainStep = Callable[[TrainState, Params | None, ContrastiveBatch], tuple[TrainState, StepMetrics]]
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
+def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> TrainStep:
     """The jitted step (state, reference params, batch [M, m, ...]) -> (state, metrics).
 
     The M micro-batches are scanned, so that only m x C x C sequences are in memory at once; their gradients add up to
-    that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0. The old
-    state's memory is reused, its shardings are kept. An update whose loss or gradient is not finite leaves the state as
-    it was.
+    that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0, and may else
+    be None. The old state's memory is reused, its shardings are kept. An update whose loss or gradient is not finite
+    leaves the state as it was.
+
+    Sums and updates are computed in float32 and rounded to the dtype of the state's params, stochastically where
+    config.weights says so: by `seed` and the step's number, the same on any mesh.
     """
     optimizer = make_optimizer(config)
+    stochastic = config.weights == "bfloat16_stochastic"
 
     def micro_loss(params: Params, reference: Params, batch: ContrastiveBatch) -> tuple[Array, dict[str, Array]]:
         logits = response_logits(score, params, batch)
@@ -130,20 +157,28 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
 
     def step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
         gradient_of = jax.value_and_grad(micro_loss, has_aux=True)
+        count = batch.tokens.shape[0]
+        key = jax.random.fold_in(jax_key(seed, "rounding"), state.step)
 
-        def accumulate(total: tuple, micro: ContrastiveBatch) -> tuple[tuple, dict[str, Array]]:
-            (loss, seen), gradient = gradient_of(state.params, reference, micro)
-            return (total[0] + loss, jax.tree.map(jnp.add, total[1], gradient)), seen
+        def rounded(tree: Any, like: Any, place: Array | int) -> Any:
+            return round_to_dtypes(tree, like, jax.random.fold_in(key, place) if stochastic else None)
+
+        def accumulate(total: tuple, micro: tuple[Array, ContrastiveBatch]) -> tuple[tuple, dict[str, Array]]:
+            number, batch = micro
+            (loss, seen), gradient = gradient_of(state.params, reference, batch)
+            sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
+            return (total[0] + loss, rounded(sums, total[1], number)), seen
 
         start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, gradients), seen = jax.lax.scan(accumulate, start, batch)
-        count = batch.tokens.shape[0]
-        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, gradients)
+        (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(count), batch))
+        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, _float32(gradients))
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its integer step count
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        updated = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+            params = _float32(state.params)
+            updates, opt_state = optimizer.update(gradients, _float32(state.opt_state), params)
+        updated = TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1)
+        updated = rounded(updated, state, count)
         kept = jax.tree.map(functools.partial(jnp.where, finite), updated, state)
         query_losses = seen.pop("query_losses").reshape(-1)
         metrics = StepMetrics(
@@ -167,6 +202,11 @@ def make_train_step(score: ScoreFn, config: TrainConfig) -> TrainStep:
         return compiled(structure, tuple(leaf.sharding for leaf in leaves))(state, reference, batch)
 
     return train_step
+
+
+def _float32(tree: Any) -> Any:
+    """bfloat16 leaves in float32; counts stay counts."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def _query_kl(policy: Array, reference: Array, mask: Array) -> Array:

@@ -29,7 +29,7 @@ class TestRefusals:
             ({"seed": "1"}, "config.seed is '1'; it must be a whole number"),
             ({"seed": 1.0}, "config.seed is 1.0; it must be a whole number"),
             ({"seed": True}, "config.seed is True; it must be a whole number"),
-            ({"train": {"remat": 1}}, "config.train.remat is 1; it must be true or false"),
+            ({"evaluation": {"held_out": 1}}, "config.evaluation.held_out is 1; it must be true or false"),
             ({"train": {"eps": "small"}}, "config.train.eps is 'small'; it must be a number"),
             ({"train": {"steps": 2}}, "config.train.steps is 2; it must be a list of whole numbers"),
             ({"train": {"steps": [2, 4.0, 6]}}, "config.train.steps is [2, 4.0, 6]; it must be"),
@@ -118,14 +118,16 @@ class TestOverrides:
             "model": "7",
             "train.learning_rate": "1e-6",
             "train.kl_beta": "2",
-            "train.remat": "False",
+            "train.remat": "dots",
+            "evaluation.held_out": "False",
             "train.steps": "(1, 2, 3)",
             "train.normalize": "sum",
             "sampling.stop": "['a', 'b']",
         }
         config = load_config(None, overrides)
         assert (config.seed, config.model) == (7, "7")
-        assert (config.train.learning_rate, config.train.kl_beta, config.train.remat) == (1e-6, 2.0, False)
+        assert (config.train.learning_rate, config.train.kl_beta, config.train.remat) == (1e-6, 2.0, "dots")
+        assert config.evaluation.held_out is False
         assert (config.train.steps, config.train.normalize) == ((1, 2, 3), "sum")
         assert config.sampling.stop == ("a", "b")
 
@@ -141,7 +143,10 @@ class TestOverrides:
             ("trian.steps", "(1,)", "did you mean config.train?"),
             ("seed", "1.5", "config.seed is '1.5'; it must be a whole number"),
             ("seed", "", "config.seed is ''; it must be a whole number"),
-            ("train.remat", "yes", "it must be true or false"),
+            ("evaluation.held_out", "yes", "it must be true or false"),
+            ("train.remat", "True", "config.train.remat is 'True'; choose one of none, dots, full"),
+            ("train.weights", "float16", "choose one of float32, bfloat16_stochastic, bfloat16"),
+            ("compute_dtype", "float16", "config.compute_dtype is 'float16'; choose one of float32, bfloat16"),
             ("train.steps", "1, 2, ", "iterations"),
             ("train.steps", "(1", "it must be a list of whole numbers"),
             ("train.steps", "{[]: 1}", "it must be a list of whole numbers"),

@@ -1,6 +1,7 @@
 """The decoder's two faces, scoring and decoding, against each other, and what must not change either."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from sami_jax.model.decoder import abstract_params, init_params, make_model
 from sami_jax.sharding import RULES
+from sami_jax.types import Remat
 from tiny_models import random_params, tiny_config
 
 # Logits of size 10 in float32, summed in another order: 1e-5 of the largest.
@@ -22,6 +24,7 @@ CONFIGS = {
     "llama": tiny_config(model_type="llama", n_kv_heads=4),
     "mixtral": tiny_config(model_type="mixtral", n_experts=4, experts_per_token=2),
 }
+DTYPES = ("float32", "bfloat16")
 LENGTHS = (5, 1, 8)  # of the prompts; one token is the shortest
 
 
@@ -37,7 +40,7 @@ def all_logits(model, params, tokens: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_and_steps_give_the_logits_of_score_at_every_position(name):
     config = CONFIGS[name]
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens = tokens_of(3, 14)
     expected = np.asarray(all_logits(model, params, tokens))
     lengths = jnp.array(LENGTHS)
@@ -55,7 +58,7 @@ def test_prefill_and_steps_give_the_logits_of_score_at_every_position(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_token_sees_the_past_only(name):
     config = CONFIGS[name]
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens = tokens_of(1, 9)
     before, after = (all_logits(model, params, t) for t in (tokens, tokens.at[0, 5].set(tokens[0, 5] ^ 1)))
     changed = np.abs(np.asarray(after - before)).max(axis=(0, 2)) > 1e-3
@@ -65,7 +68,7 @@ def test_a_token_sees_the_past_only(name):
 
 def test_the_window_hides_what_lies_behind_it():
     config = tiny_config(sliding_window=3)
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens = tokens_of(1, 12)
     before, after = (all_logits(model, params, t) for t in (tokens, tokens.at[0, 2].set(tokens[0, 2] ^ 1)))
     changed = np.abs(np.asarray(after - before)).max(axis=(0, 2)) > 0
@@ -74,7 +77,7 @@ def test_the_window_hides_what_lies_behind_it():
 
 def test_order_of_the_past_matters():
     config = tiny_config()
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens = jnp.array([[3, 4, 5, 6]])
     swapped = jnp.array([[4, 3, 5, 6]])
     last = [all_logits(model, params, t)[0, -1] for t in (tokens, swapped)]
@@ -83,7 +86,7 @@ def test_order_of_the_past_matters():
 
 def test_padding_past_a_rows_length_changes_nothing():
     config = tiny_config()
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens, at = tokens_of(2, 6), jnp.array([[0, 3, 5], [5, 2, 1]])
     short = model.score(params, tokens, at)
     for filler in (0, 2, 60):
@@ -94,7 +97,7 @@ def test_padding_past_a_rows_length_changes_nothing():
 @pytest.mark.parametrize("filler", [0, 60])
 def test_padding_past_a_prompt_changes_nothing_when_decoding(filler):
     config = tiny_config()
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     row = tokens_of(1, 4)
     lengths, token = jnp.array([4]), jnp.array([9])
     exact, exact_cache = model.decode.prefill(params, row, lengths, 8)
@@ -108,14 +111,14 @@ def test_padding_past_a_prompt_changes_nothing_when_decoding(filler):
 
 def test_rows_do_not_know_each_other():
     config = tiny_config()
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens = tokens_of(3, 5)
     assert_close(all_logits(model, params, tokens)[1:2], all_logits(model, params, tokens[1:2]))
 
 
 def test_score_picks_positions():
     config = tiny_config()
-    model, params = make_model(config, remat=False), random_params(config)
+    model, params = make_model(config), random_params(config)
     tokens, at = tokens_of(2, 6), jnp.array([[5, 0, 0], [2, 4, 1]])
     everywhere = np.asarray(all_logits(model, params, tokens))
     assert_close(model.score(params, tokens, at), everywhere[np.arange(2)[:, None], at])
@@ -128,28 +131,88 @@ def test_the_tied_head_is_the_embedding():
     untied = {**tied, "head": tied["embedding"].T}
     tokens = tokens_of(2, 5)
     assert_close(
-        all_logits(make_model(config, remat=False), tied, tokens),
-        all_logits(make_model(tiny_config(), remat=False), untied, tokens),
+        all_logits(make_model(config), tied, tokens),
+        all_logits(make_model(tiny_config()), untied, tokens),
     )
 
 
-def test_remat_gives_the_same_gradients():
-    config = tiny_config(sliding_window=3)
-    params, tokens = random_params(config), tokens_of(2, 6)
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 61)), jnp.float32)
+class TestRemat:
+    def test_gives_the_same_gradients(self):
+        config = tiny_config(sliding_window=3)
+        params, tokens = random_params(config), tokens_of(2, 6)
+        weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 61)), jnp.float32)
 
-    def gradient(remat: bool):
-        model = make_model(config, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sum(weights * all_logits(model, p, tokens))))(params)
+        def gradient(remat: Remat):
+            model = make_model(config, remat=remat)
+            return jax.jit(jax.grad(lambda p: jnp.sum(weights * all_logits(model, p, tokens))))(params)
 
-    kept, recomputed = gradient(False), gradient(True)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
-    assert largest > 1.0
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest), recomputed, kept)
-    for remat in (False, True):  # and it is there exactly where it was asked for
-        model = make_model(config, remat=remat)
-        jaxpr = str(jax.make_jaxpr(lambda p, model=model: all_logits(model, p, tokens))(params))
-        assert ("remat" in jaxpr) is remat
+        kept = gradient("none")
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
+        assert largest > 1.0
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
+        for remat in ("dots", "full"):
+            jax.tree.map(close, gradient(remat), kept)
+
+    def test_recomputes_what_it_says(self):
+        """A layer has nine matmuls, two of them without weights: scores, and their sum over the values."""
+        config, tokens = tiny_config(), tokens_of(2, 6)
+
+        def matmuls(remat: Remat) -> int:
+            model = make_model(config, remat=remat)
+            gradient = jax.grad(lambda p: jnp.sum(all_logits(model, p, tokens)))
+            return str(jax.make_jaxpr(gradient)(random_params(config))).count("dot_general[")
+
+        once = matmuls("none")
+        # The attention's own are made again, but for the last matmul of a layer, which no gradient asks for.
+        assert (matmuls("dots") - once, matmuls("full") - once) == (2, 8)
+
+
+class TestBfloat16Compute:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_logits_are_float32_and_near_those_of_float32(self, name):
+        config = CONFIGS[name]
+        params, tokens = random_params(config), tokens_of(2, 6)
+        exact, rough = (all_logits(make_model(config, dtype=dtype), params, tokens) for dtype in DTYPES)
+        assert rough.dtype == jnp.float32
+        difference = np.abs(np.asarray(rough - exact)).max() / np.abs(exact).max()
+        # A unit in bfloat16's last place is 0.4 to 0.8 %, and some forty roundings follow one another.
+        assert 1e-4 < difference < 0.05
+
+    def test_logits_are_not_rounded_to_bfloat16(self):
+        config = tiny_config()
+        logits = all_logits(make_model(config, dtype="bfloat16"), random_params(config), tokens_of(2, 6))
+        assert np.mean(np.asarray(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits)) > 0.9
+
+    def test_weights_kept_in_bfloat16_or_rounded_to_it_are_the_same(self):
+        config = tiny_config()
+        model, tokens = make_model(config, dtype="bfloat16"), tokens_of(2, 6)
+        params = random_params(config)
+        kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        np.testing.assert_array_equal(all_logits(model, kept, tokens), all_logits(model, params, tokens))
+
+    def test_gradients_have_the_dtype_of_the_weights(self):
+        config, tokens = tiny_config(), tokens_of(2, 6)
+        for weights, compute in itertools.product(DTYPES, DTYPES):
+            model = make_model(config, dtype=compute)
+            params = jax.tree.map(lambda x, dtype=weights: x.astype(dtype), random_params(config))
+            gradient = jax.grad(lambda p, model=model: jnp.sum(all_logits(model, p, tokens) ** 2))(params)
+            assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(weights)}
+
+    def test_the_cache_is_bfloat16(self):
+        config = tiny_config()
+        model = make_model(config, dtype="bfloat16")
+        logits, cache = model.decode.prefill(random_params(config), tokens_of(2, 4), jnp.array([4, 3]), 8)
+        assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+        assert logits.dtype == jnp.float32
+
+    def test_float32_means_it_on_accelerators(self):
+        """Whose matmuls of float32 are by default less than that: bfloat16 on TPUs, TF32 on GPUs."""
+        config, tokens = tiny_config(), tokens_of(2, 6)
+        programs = [
+            str(jax.make_jaxpr(lambda p, model=model: all_logits(model, p, tokens))(random_params(config)))
+            for model in (make_model(config, dtype=dtype) for dtype in DTYPES)
+        ]
+        assert ["HIGHEST" in program for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

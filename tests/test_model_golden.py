@@ -64,7 +64,7 @@ def golden(request, tmp_path_factory) -> Golden:
         )
         for number, query in enumerate(json.loads(str(says["queries"])))
     ]
-    return Golden(says, make_model(config, remat=True), load("weights/"), pairs, load)
+    return Golden(says, make_model(config, remat="full"), load("weights/"), pairs, load)
 
 
 def test_logits(golden):

@@ -28,7 +28,7 @@ from sami_jax.sharding import (
     place,
     replicated,
 )
-from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
+from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches, round_to_dtypes
 from tiny_models import random_params, tiny_config
 
 SHAPE = tiny_config(vocab_size=32, n_layers=2, embed_dim=32, head_dim=4, mlp_dim=24)
@@ -154,6 +154,18 @@ def test_no_weight_is_kept_whole(family, layout, monkeypatch):
     assert len(unshared_leaves(config, LAYOUTS[layout])) == len(every) > 8
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stochastic_rounding_is_that_of_one_device(layout):
+    mesh = make_mesh(LAYOUTS[layout])
+    shape = FAMILIES["mixtral"]
+    exact = random_params(shape)
+    like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    rounded = jax.jit(round_to_dtypes)
+    shardings = param_shardings(mesh, *abstract_params(shape))
+    spread = rounded(place(exact, shardings), place(like, shardings), jax.random.key(5))
+    assert doubles.same_bits(spread, rounded(exact, like, jax.random.key(5)))
+
+
 SETTINGS = TrainConfig(learning_rate=1e-2, eps=1e-3, kl_beta=0.5)  # eps: updates that feel the gradient's size
 
 
@@ -170,7 +182,7 @@ def two_steps(family: str, layout: str | None):
     batch = place(batch, NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec)))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
-    score = chex.assert_max_traces(make_model(shape, remat=False, mesh=mesh).score, n=2)
+    score = chex.assert_max_traces(make_model(shape, mesh=mesh).score, n=2)
     train_step = make_train_step(score, SETTINGS)
     states, seen = [], []
     for _ in range(2):
@@ -191,7 +203,7 @@ class TestEightDevices:
         logits = []
         for mesh in (make_mesh(MeshConfig()), make_mesh(LAYOUTS[layout])):
             placed = place(params, param_shardings(mesh, *abstract_params(shape)))
-            score = jax.jit(make_model(shape, remat=False, mesh=mesh).score)
+            score = jax.jit(make_model(shape, mesh=mesh).score)
             logits.append(np.asarray(score(placed, *place((tokens, at), batch_sharding(mesh)))))
         # Logits of size 5 from sums in another order.
         np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=2e-5)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,42 @@ class TestTrain:
         pairs.write_text(sound)
         assert train(model, pairs, tmp_path / "out")
 
+    @pytest.mark.parametrize("weights", ["bfloat16_stochastic", "bfloat16"])
+    def test_bfloat16_weights_stay_bfloat16_from_checkpoint_to_export(self, model, pairs, tmp_path, weights):
+        settings = {"weights": weights, "kl_beta": 0.1}
+        whole = train(model, pairs, tmp_path / "whole", **settings)
+        exact = train(model, pairs, tmp_path / "exact", kl_beta=0.1)
+        before = load_file(model / "model.safetensors")
+        config = json.loads((tmp_path / "whole" / "config.json").read_text())
+        assert config["dtype"] == "bfloat16"
+        for name, weight in whole.items():
+            assert weight.dtype == "bfloat16" and exact[name].dtype == np.float32
+            # Three AdamW steps of 1e-2 each; a weight of up to 4 is rounded by up to 2^-6 in each.
+            assert np.abs(weight.astype(np.float32) - before[name]).max() <= 0.03 + 4 * 2**-6
+            assert np.any(weight != before[name].astype("bfloat16"))
+
+        def stop() -> None:
+            raise StoppedError("stop")
+
+        def go_on(safe_point: Callable[[], None]) -> None:
+            stages.train_stage(
+                config_of(**settings),
+                base=model,
+                pairs=pairs,
+                iteration=1,
+                inputs="x",
+                out=tmp_path / "stopped",
+                log=lambda record: None,
+                safe_point=safe_point,
+            )
+
+        with pytest.raises(StoppedError):
+            go_on(stop)
+        go_on(lambda: None)
+        out = tmp_path / "exported"
+        stages.save_trained(config_of(**settings), base=model, trained=tmp_path / "stopped", out=out, card="")
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
     def test_weights_that_are_not_finite_are_refused(self, model, pairs, tmp_path):
         weights = load_file(model / "model.safetensors")
         weights["model.norm.weight"][3] = np.nan
@@ -146,7 +183,7 @@ def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
 
 
 def test_a_prompt_beyond_the_vocabulary_is_refused(model):
-    loaded = stages.load_model(model, config_of())
+    loaded = stages.load_model(model, config_of(), dtype="float32")
     write_tokenizer(larger := model.parent / "larger", "byte_level", bos=True, vocab_size=400)
     other = stages.LoadedModel(model, loaded.model, loaded.params, load_tokenizer(larger), loaded.mesh)
     prompts = ["The post asks how to make peace. Summaries should be comprehensive."]

@@ -20,6 +20,7 @@ from sami_jax.training import (
     micro_batches,
     nonfinite_examples,
     query_indices,
+    round_to_dtypes,
 )
 
 VOCAB = 9
@@ -167,6 +168,107 @@ class TestKL:
         before = jax.tree.map(np.array, reference)
         run(config(kl_beta=0.3), steps=2, params=self.far(), reference=reference)
         assert doubles.same_bits(reference, before)
+
+
+class TestRounding:
+    def roundings(self, values: list[float]) -> np.ndarray:
+        """[4096, N] float32: one row for each key."""
+        exact = jnp.asarray(values, jnp.float32)
+
+        def one(key: jax.Array) -> jax.Array:
+            return round_to_dtypes([exact], [exact.astype(jnp.bfloat16)], key)[0].astype(jnp.float32)
+
+        return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4096)))
+
+    def test_goes_to_the_two_nearest_and_the_mean_is_the_value(self):
+        values = [1.001, -1.001, 0.0200005, -3e20, 1e-20]
+        rows = self.roundings(values)
+        for column, value in zip(rows.T, values, strict=True):
+            low, high = np.unique(column)
+            assert low < value < high and (high - low) / abs(value) <= 2**-7
+            # The mean of 4096 draws is within four of its standard deviations, at most half a unit / 64.
+            assert abs(column.astype(np.float64).mean() - value) <= 4 * (high - low) / 2 / 64
+
+    def test_what_bfloat16_holds_stays(self):
+        values = [0.0, 1.0, -0.02001953125, 256.0, np.inf, -np.inf]
+        np.testing.assert_array_equal(self.roundings(values), np.tile(np.float32(values), (4096, 1)))
+        assert np.isnan(self.roundings([np.nan])).all()
+
+    def test_leaves_and_entries_are_rounded_on_their_own(self):
+        exact = jnp.full((2, 1000), 1.001, jnp.float32)
+        leaves = round_to_dtypes([*exact], [*exact.astype(jnp.bfloat16)], jax.random.key(0))
+        assert 0.05 < np.mean(np.asarray(leaves[0] != leaves[1])) < 0.5
+
+    def test_without_a_key_it_goes_to_the_nearest(self):
+        exact = jnp.asarray([1.001, 1.004, -1.004], jnp.float32)
+        [nearest] = round_to_dtypes([exact], [exact.astype(jnp.bfloat16)], None)
+        np.testing.assert_array_equal(nearest.astype(jnp.float32), np.float32([1.0, 1.0078125, -1.0078125]))
+
+    def test_float32_and_counts_are_left_alone(self):
+        tree = [jnp.asarray([1.001], jnp.float32), jnp.asarray(3, jnp.int32)]
+        assert doubles.same_bits(round_to_dtypes(tree, tree, jax.random.key(0)), tree)
+
+
+class TestBfloat16Weights:
+    """Every step shrinks every weight by a ten-thousandth: a 20th of the smallest change that bfloat16 rounds up."""
+
+    STEPS = 40
+    PAIRS = doubles.random_pairs(2, vocab=40, seed=4)
+
+    def trained(self, weights: str, *, seed: int = 0, start=None, steps: int = STEPS):
+        settings = config(weights=weights, learning_rate=1e-2, weight_decay=1e-2)
+
+        def score(params, tokens, at):
+            return doubles.score(jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens, at)
+
+        train_step = make_train_step(score, settings, seed=seed)
+        rng = np.random.default_rng(0)
+        tables = {name: jnp.asarray(rng.uniform(0.1, 0.5, (40, 40)), jnp.bfloat16) for name in ("context", "last")}
+        params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), tables)
+        state = init_state(params, make_optimizer(settings)) if start is None else start
+        before = jax.tree.map(np.array, state.params)
+        shares = []
+        for _ in range(steps):
+            state, metrics = train_step(state, None, micro(self.PAIRS, queries=1))
+            shares.append(float(metrics.share_changed))
+        unused = np.ones(40, bool)  # rows without gradient, which weight decay alone moves
+        unused[[t for pair in self.PAIRS for ids in (*pair.prompt_ids, *pair.response_ids) for t in ids]] = False
+        shrunk = [np.float64(state.params[name][unused]) / np.float64(before[name][unused]) for name in before]
+        return state, shares, float(np.mean(np.log(shrunk))), unused.sum() * 80
+
+    def test_rounded_stochastically_they_move_as_far_as_in_float32(self):
+        exact, stochastic = (self.trained(weights) for weights in ("float32", "bfloat16_stochastic"))
+        assert exact[2] == pytest.approx(-1e-4 * self.STEPS, rel=1e-3)
+        # A rounding is off by at most 2^-7 of a weight, and goes that far up or down in 1 case of 50: over all weights
+        # and steps the mean's standard deviation is 2^-7 (STEPS / 50 / weights) ** 0.5.
+        assert stochastic[2] == pytest.approx(exact[2], abs=4 * 2**-7 * (self.STEPS / 50 / stochastic[3]) ** 0.5)
+        assert min(exact[1]) > 0.99 and 0.001 < np.mean(stochastic[1]) < 0.2
+
+    def test_rounded_to_nearest_they_do_not_move(self):
+        """The authors' mode, and what the metric is for: only the few weights with a gradient may move."""
+        _, shares, moved, _ = self.trained("bfloat16")
+        assert moved == 0.0 and max(shares) < 0.2
+
+    @pytest.mark.parametrize("weights", ["bfloat16", "bfloat16_stochastic"])
+    def test_the_state_is_bfloat16_and_takes_half_the_memory(self, weights):
+        state, half = self.trained(weights, steps=1)[0], self.trained("float32", steps=1)[0]
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim}
+        assert dtypes == {jnp.dtype(jnp.bfloat16)}
+        sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(s) if leaf.ndim) for s in (state, half)]
+        assert 2 * sizes[0] == sizes[1]
+
+    def test_the_same_seed_rounds_alike_and_a_resumed_run_goes_on_alike(self):
+        whole, other = (self.trained("bfloat16_stochastic", seed=seed, steps=6)[0] for seed in (3, 4))
+        first = self.trained("bfloat16_stochastic", seed=3, steps=3)[0]
+        assert doubles.same_bits(self.trained("bfloat16_stochastic", seed=3, start=first, steps=3)[0], whole)
+        assert not doubles.same_bits(other.params, whole.params)
+
+    def test_each_step_rounds_anew(self):
+        """Else the same few weights would always be rounded up, and the rest never."""
+        states = [self.trained("bfloat16_stochastic", steps=n)[0].params["last"] for n in (0, 1, 2)]
+        moved = [np.asarray(a != b) for a, b in zip(states[1:], states, strict=False)]
+        assert moved[0].any() and moved[1].any() and np.mean(moved[0] == moved[1]) < 1.0
+        assert not (moved[0] & moved[1])[10:].all()
 
 
 class TestProgressOfTraining:

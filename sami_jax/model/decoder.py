@@ -1,7 +1,8 @@
 """The decoder in Flax NNX, and the pure functions of its parameters that the rest of the house uses."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,7 +14,13 @@ from sami_jax.model.config import DecoderConfig
 from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
 from sami_jax.sharding import batch_sharding
-from sami_jax.types import Array, DecodeFn, Params, ScoreFn
+from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, ScoreFn
+
+_REMAT: dict[Remat, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
 
 
 class Block(nnx.Module):
@@ -39,8 +46,8 @@ class Decoder(nnx.Module):
     With a mesh, activations are split over its batch axes, so that weights are gathered and not activations.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None, dtype: Dtype = "float32"):
+        self.config, self.mesh, self.dtype = config, mesh, dtype
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         self.blocks = Block(config, rngs, mesh=mesh)
         self.final_norm = scale((config.embed_dim,), ("features",))
@@ -48,7 +55,7 @@ class Decoder(nnx.Module):
             self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
 
     def hidden(
-        self, tokens: Array, positions: Array, cache: LayerCache | None, *, remat: bool
+        self, tokens: Array, positions: Array, cache: LayerCache | None, *, remat: Remat
     ) -> tuple[Array, LayerCache | None]:
         """Final hidden states.
 
@@ -56,7 +63,7 @@ class Decoder(nnx.Module):
           tokens: [B, T] int32.
           positions: [B, T] int32, increasing along T; a token sees the tokens at positions up to its own.
           cache: [L, B, S, K, H] keys and values to read and extend, or None to attend among `tokens` alone.
-          remat: recompute each block in the backward pass instead of keeping its activations.
+          remat: what of each block the backward pass recomputes instead of keeping it.
 
         Returns:
           [B, T, D] normed, and the extended cache.
@@ -69,18 +76,17 @@ class Decoder(nnx.Module):
             x, layer_cache = nnx.merge(graph, params)(x, positions, layer_cache)
             return self._split(x), layer_cache
 
-        x = self._split(jnp.take(self.embedding[...], tokens, axis=0))
-        x, cache = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, cache))
+        x = self._split(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
+        x, cache = jax.lax.scan(_REMAT[remat](block), x, (stacked, cache))
         return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache
 
     def _split(self, x: Array) -> Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def logits(self, hidden: Array) -> Array:
-        """[..., D] -> [..., V]."""
-        if self.config.tied_embeddings:
-            return jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
-        return jnp.einsum("...d,dv->...v", hidden, self.head[...])
+        """[..., D] -> [..., V] float32: rounded to bfloat16, the log-probs of a contrast would be equal too often."""
+        head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 class Model(NamedTuple):
@@ -110,36 +116,51 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
 
 
 @functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
-def make_model(config: DecoderConfig, *, remat: bool, mesh: Mesh | None = None) -> Model:
+def make_model(
+    config: DecoderConfig, *, remat: Remat = "none", mesh: Mesh | None = None, dtype: Dtype = "float32"
+) -> Model:
     """The pure functions of a decoder of this shape.
 
     Args:
       config: the shape.
-      remat: trade compute for memory in gradients of `score`.
+      remat: what of each layer gradients of `score` recompute: nothing, all but its matmuls, or all of it.
       mesh: the devices that rows are split over; their number must then be a multiple of `sharding.batch_shards`.
+      dtype: of activations, matmuls and cache, whatever the parameters are kept in; "float32" means it on
+        accelerators too, whose default for float32 matmuls is less. Logits are float32.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh=mesh)))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh=mesh, dtype=dtype)))
 
+    def exactly(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                return function(*args)
+
+        return run
+
+    @exactly
     def score(params: Params, tokens: Array, at: Array) -> Array:
         decoder = nnx.merge(graph, params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         hidden, _ = decoder.hidden(tokens, positions, None, remat=remat)
         return decoder.logits(jnp.take_along_axis(hidden, at[:, :, None], axis=1))
 
+    @exactly
     def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, LayerCache]:
         decoder = nnx.merge(graph, params)
         rows, width = tokens.shape
         shape = (config.n_layers, rows, cache_length, config.n_kv_heads, config.head_dim)
-        empty = LayerCache(*(jnp.zeros(shape, params["embedding"].dtype) for _ in range(2)))
+        empty = LayerCache(*(jnp.zeros(shape, dtype) for _ in range(2)))
         positions = jnp.broadcast_to(jnp.arange(width)[None, :], tokens.shape)
         # Padding sits in slots past a row's length; the row's own tokens overwrite it before any query sees it.
-        hidden, cache = decoder.hidden(tokens, positions, empty, remat=False)
+        hidden, cache = decoder.hidden(tokens, positions, empty, remat="none")
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return decoder.logits(last), cache
 
+    @exactly
     def step(params: Params, cache: LayerCache, tokens: Array, positions: Array) -> tuple[Array, LayerCache]:
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.hidden(tokens[:, None], positions[:, None], cache, remat=False)
+        hidden, cache = decoder.hidden(tokens[:, None], positions[:, None], cache, remat="none")
         return decoder.logits(hidden[:, 0]), cache
 
     return Model(config, score, DecodeFn(prefill, step))

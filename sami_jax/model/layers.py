@@ -1,9 +1,8 @@
 """The layers of a Llama / Mistral / Mixtral decoder, as functions of one layer's weights.
 
 Axes: B rows, T tokens, S cache slots, D embed, N heads, K key/value heads, H head dim, F mlp, E experts,
-L layers. Parameters are
-born stacked on a leading L axis, and every one names its logical axes, which `sharding` maps to a mesh. The decoder
-scans over L, so the code below sees one layer's slice.
+L layers. Parameters are born stacked on a leading L axis, and every one names its logical axes, which `sharding` maps
+to a mesh. The decoder scans over L, so the code below sees one layer's slice.
 """
 
 from typing import NamedTuple
@@ -42,11 +41,16 @@ class LayerCache(NamedTuple):
     values: Array
 
 
+def project(equation: str, x: Array, weight: Array) -> Array:
+    """The einsum of activations and a weight, in the activations' dtype, whatever the weight is kept in."""
+    return jnp.einsum(equation, x, weight.astype(x.dtype))
+
+
 def rms_norm(x: Array, gain: Array, *, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * gain over the last axis, in float32 (Zhang & Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return jnp.einsum("...d,d->...d", normed.astype(x.dtype), gain)
+    return normed.astype(x.dtype) * jnp.broadcast_to(gain.astype(x.dtype), x.shape)
 
 
 def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -83,7 +87,7 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
       cannot count positions past 256.
     """
     chex.assert_rank([x, positions], [4, 2])
-    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), frequencies)[:, :, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -137,9 +141,9 @@ class Attention(nnx.Module):
         """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with these tokens written at their positions."""
         c = self.config
         frequencies = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
-        queries = rotate(jnp.einsum("btd,dnh->btnh", x, self.query[...]), positions, frequencies)
-        keys = rotate(jnp.einsum("btd,dkh->btkh", x, self.key[...]), positions, frequencies)
-        values = jnp.einsum("btd,dkh->btkh", x, self.value[...])
+        queries = rotate(project("btd,dnh->btnh", x, self.query[...]), positions, frequencies)
+        keys = rotate(project("btd,dkh->btkh", x, self.key[...]), positions, frequencies)
+        values = project("btd,dkh->btkh", x, self.value[...])
         key_positions = positions
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
@@ -148,7 +152,7 @@ class Attention(nnx.Module):
             key_positions = jnp.broadcast_to(jnp.arange(keys.shape[1])[None, :], keys.shape[:2])
         mask = causal_mask(positions, key_positions, window=c.sliding_window)
         mixed = attention(queries, keys, values, mask)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.out[...]), cache
+        return project("btnh,nhd->btd", mixed, self.out[...]), cache
 
 
 class MLP(nnx.Module):
@@ -161,6 +165,6 @@ class MLP(nnx.Module):
         self.down = weight(rngs, (wide[0], wide[2], wide[1]), ("layers", "mlp", "embed"))
 
     def __call__(self, x: Array) -> Array:
-        gate = jnp.einsum("btd,df->btf", x, self.gate[...])
-        up = jnp.einsum("btd,df->btf", x, self.up[...])
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])
+        gate = project("btd,df->btf", x, self.gate[...])
+        up = project("btd,df->btf", x, self.up[...])
+        return project("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])

@@ -29,7 +29,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         chosen, shares = route(x, self.router[...], k=self.k)
-        return mixed_experts(x, chosen, shares, self.gate[...], self.up[...], self.down[...], mesh=self.mesh)
+        weights = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return mixed_experts(x, chosen, shares, *weights, mesh=self.mesh)
 
 
 def route(x: Array, router: Array, *, k: int) -> tuple[Array, Array]:

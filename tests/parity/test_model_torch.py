@@ -56,7 +56,7 @@ def our_logits(folder: Path) -> np.ndarray:
     config = read_config(folder)
     at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape)
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    return np.asarray(make_model(config, remat=False).score(load_float32(folder, config), tokens, at))
+    return np.asarray(make_model(config).score(load_float32(folder, config), tokens, at))
 
 
 def our_block(folder: Path, params: Params, layer: int) -> Block:
