@@ -261,7 +261,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             raise BadDataError(f"{arguments.prompts}, entry {number}: expected an object with a non-empty prompt.")
     if not records:
         raise BadDataError(f"{arguments.prompts} holds no prompts.")
-    loaded = stages.load_model(arguments.model, config, dtype=config.compute_dtype)
+    loaded = stages.load_model(arguments.model, config)
     stages.check_prompts(loaded, [record["prompt"] for record in records], config.sampling)
     progress = Progress("sampling", len(records), unit="prompts")
     lines = []

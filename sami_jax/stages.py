@@ -27,14 +27,15 @@ from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.evaluation.judges import get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
-from sami_jax.model.decoder import Model, abstract_params, make_model
+from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.huggingface import load_params, read_config, save_finetuned
 from sami_jax.progress import Progress
 from sami_jax.sampling import Response, sample_responses, stop_tokens
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.seeds import generator
-from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings, place, replicated
+from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, place, replicated
 from sami_jax.training import (
+    abstract_state,
     init_state,
     make_optimizer,
     make_train_step,
@@ -49,22 +50,40 @@ Log = Callable[[dict[str, Any]], None]  # takes one line of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model folder in memory, its weights on the mesh.
+class OpenModel:
+    """A model folder, its weights still on disk.
 
     Attributes:
-      folder: where it came from.
+      folder: where it is.
       model: the pure functions.
-      params: the weights.
       tokenizer: text to ids.
       mesh: the devices.
     """
 
     folder: Path
     model: Model
-    params: Params
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
+
+    def load(self, dtype: Dtype) -> Params:
+        """Reads the weights onto the mesh. Raises BadDataError where they do not fit config.json."""
+        shardings = jax.tree.map(lambda spec: spec.sharding, sharded_params(self.model.config, self.mesh, dtype))
+        return load_params(self.folder, self.model.config, dtype=jnp.dtype(dtype), shardings=shardings)
+
+    def state(self, train: TrainConfig) -> TrainState:
+        """What a training of it has for a state, none of it in memory."""
+        return abstract_state(sharded_params(self.model.config, self.mesh, train.weights_dtype), make_optimizer(train))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel(OpenModel):
+    """A model folder in memory.
+
+    Attributes:
+      params: the weights, on the mesh.
+    """
+
+    params: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +94,19 @@ class Task:
     constitutions: tuple[Constitution, ...]
 
 
-def load_model(folder: Path, config: RunConfig, *, dtype: Dtype) -> LoadedModel:
-    """Reads a Hugging Face folder onto the config's mesh, its weights in `dtype`.
-
-    Raises:
-      BadDataError: it cannot be used.
-    """
+def open_model(folder: Path, config: RunConfig) -> OpenModel:
+    """A Hugging Face folder's model for the config's mesh. Raises BadDataError where it cannot be used."""
     shape = read_config(folder)
-    tokenizer = load_tokenizer(folder)
     mesh = make_mesh(config.mesh)
-    shardings = param_shardings(mesh, *abstract_params(shape))
-    params = load_params(folder, shape, dtype=jnp.dtype(dtype), shardings=shardings)
     model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
-    return LoadedModel(folder, model, params, tokenizer, mesh)
+    return OpenModel(folder, model, load_tokenizer(folder), mesh)
+
+
+def load_model(folder: Path, config: RunConfig, *, dtype: Dtype | None = None) -> LoadedModel:
+    """`open_model`, and its weights in memory: in the dtype they are computed in, or in another one."""
+    opened = open_model(folder, config)
+    params = opened.load(dtype or config.compute_dtype)
+    return LoadedModel(opened.folder, opened.model, opened.tokenizer, opened.mesh, params)
 
 
 def folder_hash(folder: Path) -> str:
@@ -151,7 +170,7 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
       BadDataError: model or pairs cannot be used.
       NonFiniteError: a log-prob is NaN or infinite.
     """
-    loaded = load_model(model, config, dtype=config.compute_dtype)
+    loaded = load_model(model, config)
     shape = loaded.model.config
     data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions, vocab_size=shape.vocab_size)
     matrices = score_all(loaded, loaded.params, data, config, progress=Progress("scoring", len(data), unit="queries"))
@@ -211,7 +230,7 @@ def sample_stage(
     run_directory.begin(out, inputs=inputs)
     order = generator(config.seed, "sample", iteration).permutation(len(queries))
     needed = math.ceil(config.train.steps[iteration - 1] * config.train.queries_per_step / config.train.passes)
-    loaded = load_model(model, config, dtype=config.compute_dtype)
+    loaded = load_model(model, config)
     kept: list[Pair] = []
     rejects: list[dict[str, Any]] = []
     asked = 0
@@ -275,12 +294,15 @@ def train_stage(
       NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
     """
     train = config.train
-    loaded = load_model(base, config, dtype=train.weights_dtype)
-    shape = loaded.model.config
+    opened = open_model(base, config)
+    shape = opened.model.config
     steps, size = train.steps[iteration - 1], train.queries_per_step
-    eos_id = loaded.tokenizer.end_id() if train.train_eos else None
+    eos_id = opened.tokenizer.end_id() if train.train_eos else None
     room = shape.max_positions - train.train_eos
-    data = read_pairs(pairs, loaded.tokenizer, max_positions=room, vocab_size=shape.vocab_size)
+    data = read_pairs(pairs, opened.tokenizer, max_positions=room, vocab_size=shape.vocab_size)
+    # Before anything is written, so that weights that are refused leave nothing behind.
+    fresh = None if (out / "checkpoints").is_dir() else fresh_state(opened, train)
+    reference = opened.load(config.compute_dtype) if train.kl_beta > 0 else None
     run_directory.begin(out, inputs=inputs)
     schedule = [
         query_indices(len(data), step, seed=config.seed, iteration=iteration, queries_per_step=size)
@@ -289,14 +311,10 @@ def train_stage(
     ids = [[data[i].example_id for i in indices] for indices in schedule]
     run_directory.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
-    step_fn = make_train_step(loaded.model.score, train, seed=config.seed)
-    sharding = _micro_batch_sharding(loaded.mesh)
-    # In the dtype that it is computed in, where it gives the same logits in less memory.
-    compute_dtype = jnp.dtype(config.compute_dtype)
-    reference = jax.tree.map(lambda x: jnp.array(x, compute_dtype), loaded.params) if train.kl_beta > 0 else None
+    step_fn = make_train_step(opened.model.score, train, seed=config.seed)
+    sharding = _micro_batch_sharding(opened.mesh)
     with Checkpoints(out / "checkpoints") as checkpoints:
-        state = fresh_state(loaded, train)
-        state = checkpoints.restore_latest(state) or state
+        state = fresh or checkpoints.restore_latest(opened.state(train)) or fresh_state(opened, train)
         first = int(state.step)
         passes = f"{len(data)} pairs, {steps * size / len(data):.1f} passes"
         progress = Progress(f"iteration {iteration}: training", steps, unit="steps", done=first, log_every_s=5.0)
@@ -304,7 +322,7 @@ def train_stage(
             started = time.monotonic()
             rows = [data[i] for i in schedule[step]]
             batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
-            micro = micro_batches(batch, train.micro_batch_queries * batch_shards(loaded.mesh))
+            micro = micro_batches(batch, train.micro_batch_queries * batch_shards(opened.mesh))
             state, metrics = step_fn(state, reference, jax.device_put(micro, sharding))
             if not bool(metrics.finite):
                 bad = nonfinite_examples(metrics, ids[step])
@@ -328,11 +346,10 @@ def train_stage(
     return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
 
 
-def fresh_state(loaded: LoadedModel, train: TrainConfig) -> TrainState:
-    """The state before the first step: the weights, which it takes over, and optimizer moments sharded like them."""
-    state = init_state(loaded.params, make_optimizer(train))
-    devices = set(loaded.mesh.devices.flat)
-    return jax.tree.map(lambda x: x if x.sharding.device_set == devices else place(x, replicated(loaded.mesh)), state)
+def fresh_state(opened: OpenModel, train: TrainConfig) -> TrainState:
+    """The state before the first step: the folder's weights, and the optimizer's beside them."""
+    state = init_state(opened.load(train.weights_dtype), make_optimizer(train))
+    return place(state, jax.tree.map(lambda spec: spec.sharding, opened.state(train)))
 
 
 def export_stage(
@@ -356,15 +373,15 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
       BadDataError: its last checkpoint is damaged.
     """
     finished = run_directory.read_done(trained)["counts"]
-    loaded = load_model(base, config, dtype=config.train.weights_dtype)
+    opened = open_model(base, config)
     with Checkpoints(trained / "checkpoints") as checkpoints:
-        state = checkpoints.restore_latest(fresh_state(loaded, config.train))
+        state = checkpoints.restore_latest(opened.state(config.train))
     if state is None or fingerprint(state) != finished["state"]:
         raise BadDataError(
             f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete the "
             "folder to train again."
         )
-    save_finetuned(out, state.params, loaded.model.config, dtype=config.train.weights_dtype, source=base, card=card)
+    save_finetuned(out, state.params, opened.model.config, dtype=config.train.weights_dtype, source=base, card=card)
     return int(state.step)
 
 
@@ -446,8 +463,8 @@ def evaluate_stage(
     """
     all_tasks = evaluation_tasks(config)
     theirs = _read_baseline(baseline, all_tasks, config) if baseline else None
-    loaded = load_model(model, config, dtype=config.compute_dtype)
-    base_params = loaded.params if model == base else load_model(base, config, dtype=config.compute_dtype).params
+    loaded = load_model(model, config)
+    base_params = loaded.params if model == base else load_model(base, config).params
     run_directory.begin(out, inputs=inputs)
     records: list[dict[str, Any]] = []
     splits: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from sami_jax.config import TrainConfig
 from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
 from sami_jax.scoring import cell_logps, response_logits
 from sami_jax.seeds import generator, jax_key
+from sami_jax.sharding import replicated
 from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn, TrainState
 
 
@@ -70,6 +71,29 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shape, dtype and sharding of everything in the state: what belongs to a parameter lies where it does.
+
+    Args:
+      params: tree of `jax.ShapeDtypeStruct`, sharded over one mesh.
+      optimizer: of `make_optimizer`.
+    """
+    shapes = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
+    whole = replicated(jax.tree.leaves(params)[0].sharding.mesh)
+
+    def on(sharding: jax.sharding.Sharding, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda spec, param: on(param.sharding, spec),
+        shapes.opt_state,
+        params,
+        transform_non_params=functools.partial(on, whole),
+    )
+    return shapes._replace(params=params, opt_state=opt_state, step=on(whole, shapes.step))
+
+
 def query_indices(n_pairs: int, step: int, *, seed: int, iteration: int, queries_per_step: int) -> list[int]:
     """Which pairs step 0, 1, ... trains on: epochs of seeded permutations, one after another.
 
@@ -111,12 +135,36 @@ def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
     return jax.tree.unflatten(structure, rounded)
 
 
-TrainStep = Callable[[TrainState, Params | None, ContrastiveBatch], tuple[TrainState, StepMetrics]]
+class TrainStep:
+    """A step (state, reference params, batch [M, m, ...]) -> (state, metrics), compiled once for a kind of state."""
+
+    def __init__(self, step: Callable):
+        @functools.lru_cache(maxsize=8)
+        def jitted(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+            # Left to itself, the compiler splits the norms; the second step would then be another program than the
+            # first, and a resumed run, which starts with the norms whole, would round differently from one that was
+            # never stopped.
+            return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
+
+        self._jitted = jitted
+
+    def __call__(
+        self, state: TrainState, reference: Params | None, batch: ContrastiveBatch
+    ) -> tuple[TrainState, StepMetrics]:
+        return self._for(state)(state, reference, batch)
+
+    def lower(self, state: TrainState, reference: Params | None, batch: ContrastiveBatch) -> jax.stages.Lowered:
+        """The step for arguments of these shapes, dtypes and shardings, ready to be compiled."""
+        return self._for(state).lower(state, reference, batch)
+
+    def _for(self, state: TrainState) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        return self._jitted(structure, tuple(leaf.sharding for leaf in leaves))
 
 
 @functools.lru_cache(maxsize=8)
 def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> TrainStep:
-    """The jitted step (state, reference params, batch [M, m, ...]) -> (state, metrics).
+    """The optimizer step.
 
     The M micro-batches are scanned, so that only m x C x C sequences are in memory at once; their gradients add up to
     that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0, and may else
@@ -191,17 +239,7 @@ def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> Tr
         )
         return kept, metrics
 
-    @functools.lru_cache(maxsize=8)
-    def compiled(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> TrainStep:
-        # Left to itself, the compiler splits the norms; the second step would then be another program than the first,
-        # and a resumed run, which starts with the norms whole, would round differently from one that was never stopped.
-        return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
-
-    def train_step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
-        leaves, structure = jax.tree.flatten(state)
-        return compiled(structure, tuple(leaf.sharding for leaf in leaves))(state, reference, batch)
-
-    return train_step
+    return TrainStep(step)
 
 
 def _float32(tree: Any) -> Any:

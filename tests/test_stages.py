@@ -1,5 +1,6 @@
 """The stages on a tiny model folder, in this process: what they refuse, and what a refusal leaves behind."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -183,9 +184,9 @@ def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
 
 
 def test_a_prompt_beyond_the_vocabulary_is_refused(model):
-    loaded = stages.load_model(model, config_of(), dtype="float32")
+    loaded = stages.load_model(model, config_of())
     write_tokenizer(larger := model.parent / "larger", "byte_level", bos=True, vocab_size=400)
-    other = stages.LoadedModel(model, loaded.model, loaded.params, load_tokenizer(larger), loaded.mesh)
+    other = dataclasses.replace(loaded, tokenizer=load_tokenizer(larger))
     prompts = ["The post asks how to make peace. Summaries should be comprehensive."]
     with pytest.raises(BadDataError, match="do not belong together"):
         stages.check_prompts(other, prompts, from_dict({"sampling": {"max_new_tokens": 4}}).sampling)

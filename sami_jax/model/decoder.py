@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
-from sami_jax.sharding import batch_sharding
+from sami_jax.sharding import batch_sharding, param_shardings
 from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, ScoreFn
 
 _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
@@ -108,6 +108,16 @@ def abstract_params(config: DecoderConfig) -> tuple[Params, Params]:
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
     axes = jax.tree.map(lambda p: p.logical_axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
     return nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def sharded_params(config: DecoderConfig, mesh: Mesh, dtype: Dtype) -> Params:
+    """Shape, dtype and sharding of every parameter on a mesh. Raises BadConfigError as `param_shardings` does."""
+    shapes, axes = abstract_params(config)
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=sharding),
+        shapes,
+        param_shardings(mesh, shapes, axes),
+    )
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
