@@ -144,9 +144,12 @@ def fingerprint(tree: Any) -> str:
 @jax.jit
 def _leaf_fingerprint(leaf: Array) -> tuple[Array, Array]:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = (leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)).ravel()
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)
     bits = bits.astype(jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32)
+    # Mod 2^32, and not by a flattened copy, which a sharded leaf would have to be gathered for.
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
 
     def mixed(multiplier: int, odd: int) -> Array:
         weight = (place * jnp.uint32(multiplier) + jnp.uint32(odd)) | jnp.uint32(1)

@@ -254,9 +254,12 @@ def _query_kl(policy: Array, reference: Array, mask: Array) -> Array:
 
 
 def _share_changed(before: Params, after: Params) -> Array:
-    changed = [jnp.sum(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
-    total = sum(leaf.size for leaf in jax.tree.leaves(before))
-    return sum(count.astype(jnp.float32) for count in changed) / total
+    def changed(a: Array, b: Array) -> Array:
+        in_a_row = jnp.sum(a != b, axis=-1)
+        return jnp.sum(in_a_row.astype(jnp.float32))  # a stack of layers has more entries than an int32 can count
+
+    counts = jax.tree.map(changed, before, after)
+    return sum(jax.tree.leaves(counts)) / float(sum(leaf.size for leaf in jax.tree.leaves(before)))
 
 
 def nonfinite_examples(metrics: StepMetrics, example_ids: Sequence[Any]) -> list[Any]:
