@@ -44,7 +44,7 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
     """
     with run_directory.locked(workdir):
         config = _open_run(config, workdir)
-        # Only now: a download has no safe points, and Ctrl-C is to end it.
+        # Only now: a download has no safe points, and SIGTERM is to end it.
         with stop_on_signal() as safe_point, _attempt(workdir):
             return _Run(with_pretrained(config, safe_point), workdir, safe_point, say).finish()
 

@@ -158,7 +158,7 @@ def test_bad_pairs_are_65_and_name_file_and_entry(name, pairs, says, model, tmp_
 
 def test_a_missing_file_or_folder_is_65(model, tmp_path, capsys):
     pairs = write(tmp_path / "pairs.json", entries())
-    fails(capsys, 65, "score", "--model=./nowhere", f"--pairs={pairs}", says=("nowhere", "does not exist"))
+    fails(capsys, 65, "score", "--model=./nowhere", f"--pairs={pairs}", says=("no model folder nowhere",))
     fails(capsys, 65, "score", f"--model={model}", "--pairs=nowhere.json", says=("nowhere.json", "does not exist"))
     fails(capsys, 65, "report", f"--workdir={tmp_path}", says=("RUN.json",))
     fails(capsys, 65, "export", f"--workdir={tmp_path}", "--iteration=1", "--out=o", says=("no finished export",))

@@ -212,9 +212,10 @@ def test_what_the_hub_refuses_is_one_sentence(hub, files, pairs, tmp_path):
         "acme/pickled": (65, "models--acme--pickled", "neither model.safetensors nor", "convert"),
         "acme/short": (65, "model-00002-of-0000", "does not exist"),
         "not a name": (65, "The model 'not a name' is neither a folder nor a name", "owner/name"),
-        "./acme/tiny": (65, "The model folder acme/tiny does not exist",),
-        "a/b/c": (65, "The model folder a/b/c does not exist",),
-        "acme/tiny/": (65, "The model folder acme/tiny does not exist",),
+        str(pairs): (65, f"There is no model folder {pairs};"),
+        "./acme/tiny": (65, "There is no model folder acme/tiny;",),
+        "a/b/c": (65, "There is no model folder a/b/c;",),
+        "acme/tiny/": (65, "There is no model folder acme/tiny;",),
     }  # fmt: skip
     out = tmp_path / "out.jsonl"
     ran = commands(tmp_path / "cache", hub.url, *(score(model, pairs, out) for model in expected))

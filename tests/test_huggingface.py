@@ -242,7 +242,7 @@ def test_config_round_trip(name):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"model_type": "gpt2"}, "'gpt2', but this version runs llama, mistral, mixtral only"),
+        ({"model_type": "gpt2"}, "'gpt2'; choose one of the families this version runs: llama, mistral, mixtral"),
         ({"model_type": "qwen2"}, "'qwen2'"),
         ({"model_type": "gemma"}, "'gemma'"),
         ({"num_key_value_heads": 0, "vocab_size": -1}, "vocab_size is -1"),
@@ -286,7 +286,7 @@ def test_a_missing_key_is_named(folder, key):
 
 
 def test_missing_folder_or_config(tmp_path):
-    with pytest.raises(BadDataError, match="nowhere does not exist"):
+    with pytest.raises(BadDataError, match="no model folder .*nowhere"):
         read_config(tmp_path / "nowhere")
     with pytest.raises(BadDataError, match="has no config.json"):
         read_config(tmp_path)
@@ -339,10 +339,10 @@ def test_the_weights_of_another_family_are_listed_in_one_line(folder):
 
     edit_weights(folder, rename)
     with pytest.raises(
-        BadDataError, match="missing: lm_head.* and 13 more; unknown: transf.* and 13 more.*one model"
+        BadDataError, match="missing: lm_head.* and 17 more; unknown: transf.* and 17 more.*one model"
     ) as e:
         load_float32(folder, tiny_config())
-    assert len(str(e.value)) < 1500
+    assert len(str(e.value)) < 800
 
 
 def test_one_weight_too_many(folder):
@@ -396,7 +396,9 @@ def test_an_index_that_says_what_a_shard_does_not_hold_is_refused(folder, change
     else:
         write_index(folder, files | {"model.gone.weight": other})
     name = NORM if change == "moved" else "model.gone.weight"
-    with pytest.raises(BadDataError, match=f"{other} does not hold {name}, as model.safetensors.index.json says"):
+    with pytest.raises(
+        BadDataError, match=f"{other} does not hold {name}, although model.safetensors.index.json says so"
+    ):
         load_float32(folder, tiny_config())
 
 

@@ -133,7 +133,9 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
 def _decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:
-        raise BadDataError(f"model_type is {model_type!r}, but this version runs {', '.join(_FAMILIES)} only.")
+        raise BadDataError(
+            f"model_type is {model_type!r}; choose one of the families this version runs: {', '.join(_FAMILIES)}."
+        )
     for key, allowed in _MUST_BE.items():
         if config.get(key, allowed[0]) not in allowed:
             raise BadDataError(f"{key} is {config[key]!r}, which this version does not support.")

@@ -22,7 +22,7 @@ def fetch_model(model: str) -> Path:
       FetchFailedError: the Hub cannot be reached, or the download broke off.
     """
     name, _, revision = model.partition("@")
-    if os.path.isdir(model) or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+    if os.path.exists(model) or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         return Path(model)
     from huggingface_hub import snapshot_download
 

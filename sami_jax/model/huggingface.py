@@ -29,7 +29,7 @@ _ROWS_BYTES = 1 << 20  # read at a time
 SHARD_BYTES = 5_000_000_000  # what transformers and the Hub take a file to be
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 SETTINGS_FILES = ("config.json", "generation_config.json", _INDEX, *TOKENIZER_FILES)  # read beside the weights
-_SHOWN = 8  # tensors, in a message
+_SHOWN = 4  # tensors, in a message
 _DTYPES = ("F32", "BF16", "F16")  # as safetensors calls them
 
 _Keys = tuple[str, ...]  # the way to a leaf of our params
@@ -90,8 +90,8 @@ def read_config(folder: Path) -> DecoderConfig:
     """The shape of the model in a folder. Raises BadDataError where there is none this version can run."""
     if not folder.is_dir():
         raise BadDataError(
-            f"The model folder {folder} does not exist; give a folder with config.json and safetensors, or a name on "
-            "the Hugging Face Hub."
+            f"There is no model folder {folder}; give a folder with config.json and safetensors, or a name on the "
+            "Hugging Face Hub."
         )
     path = folder / "config.json"
     if not path.is_file():
@@ -329,7 +329,9 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise BadDataError(f"{path} is damaged or incomplete ({error}); download or export it again.") from error
         if absent := sorted(wanted - found.keys()):
-            raise BadDataError(f"{path} does not hold {_listed(absent)}, as {_INDEX} says; download both again.")
+            raise BadDataError(
+                f"{path} does not hold {_listed(absent)}, although {_INDEX} says so; download both again."
+            )
         if twice := sorted(found.keys() & tensors.keys()):
             raise BadDataError(f"{path} holds {_listed(twice)}, as another file does; download the folder again.")
         tensors |= found
