@@ -40,8 +40,9 @@ def fetch_model(model: str) -> Path:
 
 def model_name(folder: Path) -> str:
     """What to call a model: its folder's name, or `owner/name@commit` where the folder is one of the Hub's cache."""
+    folder = folder.absolute()
     cached = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.as_posix())
-    return f"{cached[1].replace('--', '/')}@{cached[2]}" if cached else folder.absolute().name
+    return f"{cached[1].replace('--', '/')}@{cached[2]}" if cached else folder.name
 
 
 def _explained(error: Exception, model: str) -> SamiError:
