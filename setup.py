@@ -24,6 +24,7 @@ setup(
     extras_require={
         "train": [
             "flax>=0.12",
+            "huggingface_hub>=1.0",
             "jinja2>=3.1",
             "ml-collections>=1.0",
             "optax>=0.2.5",

@@ -13,7 +13,7 @@ from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, e
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite or internal, 73 run directory in use, "
-    "74 could not save, 75 stopped safely (run it again), 78 bad or changed config."
+    "74 could not save or download, 75 stopped safely (run it again), 78 bad or changed config."
 )
 
 
@@ -212,7 +212,9 @@ def _command(
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, type=Path, help="Hugging Face folder: config.json, safetensors, tokenizer"
+        "--model",
+        required=True,
+        help="Hugging Face folder (config.json, safetensors, tokenizer), or name on the Hub: owner/name[@revision]",
     )
 
 
@@ -252,6 +254,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from sami_jax import run_directory, stages
+    from sami_jax.model.hub import fetch_model
     from sami_jax.progress import Progress
 
     records = run_directory.read_jsonl(arguments.prompts)
@@ -261,7 +264,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             raise BadDataError(f"{arguments.prompts}, entry {number}: expected an object with a non-empty prompt.")
     if not records:
         raise BadDataError(f"{arguments.prompts} holds no prompts.")
-    loaded = stages.load_model(arguments.model, config)
+    loaded = stages.load_model(fetch_model(arguments.model), config)
     stages.check_prompts(loaded, [record["prompt"] for record in records], config.sampling)
     progress = Progress("sampling", len(records), unit="prompts")
     lines = []
@@ -282,8 +285,9 @@ def _score(arguments: argparse.Namespace) -> None:
         overrides = {**overrides, "train.normalize": arguments.normalize}
     config = load_config(arguments.config, overrides)
     from sami_jax import run_directory, stages
+    from sami_jax.model.hub import fetch_model
 
-    lines, summary = stages.score_file(config, model=arguments.model, pairs=arguments.pairs)
+    lines, summary = stages.score_file(config, model=fetch_model(arguments.model), pairs=arguments.pairs)
     if arguments.out:
         run_directory.write_jsonl(arguments.out, lines)
     else:
@@ -298,15 +302,19 @@ def _train(arguments: argparse.Namespace) -> None:
             "config.iterations must be 1 here; a pairs file is one iteration's. Use `sami run` for more."
         )
     from sami_jax import iterations
+    from sami_jax.model.hub import fetch_model
 
-    print(iterations.train_folder(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out))
+    model = fetch_model(arguments.model)
+    print(iterations.train_folder(config, model=model, pairs=arguments.pairs, out=arguments.out))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from sami_jax import iterations
+    from sami_jax.model.hub import fetch_model
 
-    print(iterations.evaluate_folder(config, model=arguments.model, baseline=arguments.baseline, out=arguments.out))
+    model = fetch_model(arguments.model)
+    print(iterations.evaluate_folder(config, model=model, baseline=arguments.baseline, out=arguments.out))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -187,7 +187,9 @@ class RunConfig:
     """A SAMI run."""
 
     seed: int = _setting(0, "decides constitutions, data order and sampling")
-    model: str = _setting("", "base model: a Hugging Face folder")
+    model: str = _setting(
+        "", "base model: a Hugging Face folder, or a name on its Hub, owner/name or owner/name@revision"
+    )
     iterations: int = _setting(3, "rounds of sampling and training", at_least=1)
     compute_dtype: Dtype = _setting(
         "float32",

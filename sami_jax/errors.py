@@ -11,7 +11,7 @@ class ExitCode(enum.IntEnum):
     BAD_DATA = 65  # a data file or a checkpoint is unusable: stop
     NON_FINITE = 70  # NaN or infinity, or an internal error: retry once
     IN_USE = 73  # another process holds the run directory: stop
-    IO_FAILED = 74  # disk full, save failed: retry a few times
+    IO_FAILED = 74  # disk full, save or download failed: retry a few times
     STOPPED = 75  # stopped at a safe point: run the same command again
     BAD_CONFIG = 78  # unknown, mistyped or changed configuration: stop
     INTERRUPTED = 130  # Ctrl-C at once
@@ -49,6 +49,12 @@ class RunInUseError(SamiError):
 
 class SaveFailedError(SamiError):
     """A file or checkpoint could not be written."""
+
+    exit_code = ExitCode.IO_FAILED
+
+
+class FetchFailedError(SamiError):
+    """A model could not be downloaded now."""
 
     exit_code = ExitCode.IO_FAILED
 

@@ -1,6 +1,7 @@
 """The loop of Algorithm 1 over a run directory: each stage done once, resumed where it was left."""
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -17,7 +18,8 @@ from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
 from sami_jax.data.principles import read_principles
 from sami_jax.data.queries import read_queries
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
-from sami_jax.model.huggingface import read_config
+from sami_jax.model.hub import fetch_model, model_name
+from sami_jax.model.huggingface import find_weights, read_config
 from sami_jax.pretraining import pretrain
 from sami_jax.report.page import write_report
 
@@ -40,9 +42,10 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
       RunInUseError: another process works on it.
       StoppedError: someone asked it to stop; the same command goes on from here.
     """
-    with run_directory.locked(workdir), stop_on_signal() as safe_point:
+    with run_directory.locked(workdir):
         config = _open_run(config, workdir)
-        with _attempt(workdir):
+        # Only now: a download has no safe points, and SIGTERM is to end it.
+        with stop_on_signal() as safe_point, _attempt(workdir):
             return _Run(with_pretrained(config, safe_point), workdir, safe_point, say).finish()
 
 
@@ -62,7 +65,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
     inputs: list[Any] = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
     inputs.append(run_directory.file_hash(pairs))
-    card = stages.model_card(config, 1, base=model.name)
+    card = stages.model_card(config, 1, base=model_name(model))
     with run_directory.locked(folder), stop_on_signal() as safe_point:
         trained = run_directory.sealed(folder, inputs=inputs) is not None
         if out.exists() and any(out.iterdir()):
@@ -94,7 +97,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
       BadDataError: a folder cannot be used.
     """
     read_config(model)
-    _check_paths(config)
+    config = _with_files(config)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
         base = Path(config.model)
@@ -199,7 +202,7 @@ class _Run:
         )
 
     def _export(self, iteration: int, base_hash: str, trained: str) -> str:
-        folder, card = self._folder(iteration), stages.model_card(self.config, iteration, base=self.base.name)
+        folder, card = self._folder(iteration), stages.model_card(self.config, iteration, base=model_name(self.base))
         inputs = {"stage": "export", "iteration": iteration, "base": base_hash, "train": trained, "card": card}
         return self._stage(
             "export", iteration, inputs, stages.export_stage, base=self.base, trained=folder / "train", card=card
@@ -266,17 +269,28 @@ def _evaluation_inputs(
 
 
 def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
-    """Writes RUN.json and config.json once; afterwards compares."""
+    """Writes RUN.json and config.json once; afterwards compares. The model is its folder, fetched where it is a name.
+
+    RUN.json keeps the commit of such a name: what moves on the Hub later does not change the run.
+    """
     stored = workdir / "config.json"
     if not stored.exists():
         if config is None:
             raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
-        _check_paths(config)
+        found = _with_files(config)
         plain = to_dict(config)
-        about = {"run_id": str(uuid.uuid4()), "schema_version": 1, "created": _now(), "seed": config.seed}
+        fetched = Path(found.model) != Path(config.model)
+        model = model_name(Path(found.model)) if fetched else config.model
+        about = {
+            "run_id": str(uuid.uuid4()),
+            "schema_version": 1,
+            "created": _now(),
+            "seed": config.seed,
+            "model": model,
+        }
         run_directory.write_json(workdir / "RUN.json", {**about, "config_sha256": run_directory.content_hash(plain)})
         run_directory.write_json(stored, plain)  # last: where it stands, the run has begun
-        return config
+        return found
     before = run_directory.read_json(stored)
     if config is not None:
         changed = list(_differences(before, json.loads(json.dumps(to_dict(config))), ""))
@@ -286,14 +300,17 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
                 "the new ones, or leave out --config to go on with the old."
             )
     begun = from_dict(before)
-    _check_paths(begun)
-    return begun
+    model = run_directory.read_json(workdir / "RUN.json").get("model", begun.model)
+    return _with_files(dataclasses.replace(begun, model=model))
 
 
-def _check_paths(config: RunConfig) -> None:
-    """Refuses a config whose files are missing or hold something else, before anything is written."""
+def _with_files(config: RunConfig) -> RunConfig:
+    """The config, its model fetched. Refuses one whose files are missing or hold something else."""
     if PRETRAINED not in config.model:
-        read_config(Path(config.model))
+        folder = fetch_model(config.model)
+        read_config(folder)
+        find_weights(folder)
+        config = dataclasses.replace(config, model=str(folder))
     for field, name in {
         "queries.train": config.queries.train,
         "queries.evaluation": config.queries.evaluation,
@@ -303,6 +320,7 @@ def _check_paths(config: RunConfig) -> None:
             if not Path(name).is_file():
                 raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
             (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
+    return config
 
 
 def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:

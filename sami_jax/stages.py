@@ -28,7 +28,7 @@ from sami_jax.evaluation.judges import get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model, sharded_params
-from sami_jax.model.huggingface import load_params, read_config, save_finetuned
+from sami_jax.model.huggingface import SETTINGS_FILES, find_weights, load_params, read_config, save_finetuned
 from sami_jax.progress import Progress
 from sami_jax.sampling import Response, sample_responses, stop_tokens
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
@@ -110,11 +110,15 @@ def load_model(folder: Path, config: RunConfig, *, dtype: Dtype | None = None) -
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files."""
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model") and p.name != "DONE.json"
-    )
-    return run_directory.content_hash([[path.name, run_directory.file_hash(path)] for path in files])
+    """SHA-256 over the names and contents of the files that are read of a model folder.
+
+    Other tools may put more into a folder of the Hub's cache, and change nothing.
+
+    Raises:
+      BadDataError: its weights are missing.
+    """
+    files = sorted(name for name in (*SETTINGS_FILES, *find_weights(folder)) if (folder / name).is_file())
+    return run_directory.content_hash([[name, run_directory.file_hash(folder / name)] for name in files])
 
 
 def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
@@ -421,10 +425,10 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
 
 
 def model_card(config: RunConfig, iteration: int, *, base: str) -> str:
-    """README.md of a trained folder: what it was made from, and how."""
+    """README.md of a trained folder: what it was made from (`hub.model_name` of the base), and how."""
     train = config.train
     return (
-        f"# {base} after SAMI, iteration {iteration}\n\n"
+        f"# {base.partition('@')[0]} after SAMI, iteration {iteration}\n\n"
         f"Trained from `{base}` by sami_jax with SAMI (arXiv:2404.14313): "
         f"{train.steps[iteration - 1]} optimizer steps of {train.queries_per_step} queries, learning rate "
         f"{train.learning_rate:g} ({train.optimizer}), {train.normalize} log-probs, KL weight {train.kl_beta:g}.\n"

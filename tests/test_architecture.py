@@ -16,7 +16,7 @@ PACKAGE = "sami_jax"
 ORDER = """
     errors losses types seeds progress run_directory config sharding
     data.principles data.constitutions data.prompts data.queries data.tokenizer data.filters data.pairs data.miniature
-    model.config model.layers model.moe model.decoder model.huggingface
+    model.config model.layers model.moe model.decoder model.huggingface model.hub
     checkpoints pretraining sampling scoring training
     evaluation.judges evaluation.win_rates evaluation.summary
     stages

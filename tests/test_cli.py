@@ -158,10 +158,26 @@ def test_bad_pairs_are_65_and_name_file_and_entry(name, pairs, says, model, tmp_
 
 def test_a_missing_file_or_folder_is_65(model, tmp_path, capsys):
     pairs = write(tmp_path / "pairs.json", entries())
-    fails(capsys, 65, "score", "--model=nowhere", f"--pairs={pairs}", says=("nowhere", "does not exist"))
+    fails(capsys, 65, "score", "--model=./nowhere", f"--pairs={pairs}", says=("no model folder nowhere",))
     fails(capsys, 65, "score", f"--model={model}", "--pairs=nowhere.json", says=("nowhere.json", "does not exist"))
     fails(capsys, 65, "report", f"--workdir={tmp_path}", says=("RUN.json",))
     fails(capsys, 65, "export", f"--workdir={tmp_path}", "--iteration=1", "--out=o", says=("no finished export",))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        ({"data": 16}, ("data=16", "= 16 devices", "there are 8", "lower config.mesh")),
+        ({"tensor": 4}, ("kv_heads axis has 1 entries", "4 devices", "config.mesh.tensor")),
+        ({"fsdp": 3}, ("embed axis has 16 entries", "3 devices", "config.mesh.fsdp", "divisors of 16")),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_78_and_writes_nothing(mesh, says, model, tmp_path, capsys):
+    pairs, out = write(tmp_path / "pairs.json", entries()), tmp_path / "out"
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    flags += ["--config.train.queries_per_step=48", "--config.train.steps=(1,)"]
+    fails(capsys, 78, "train", f"--model={model}", f"--pairs={pairs}", f"--out={out}", *flags, says=says)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
 
 
 def test_damaged_weights_are_65_and_named(copy, tmp_path, capsys):

@@ -165,6 +165,18 @@ class TestTrain:
         assert not (tmp_path / "out.training").exists()
 
 
+def test_a_folder_is_what_is_read_of_it(model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "params.json").write_text("{}")  # what another tool fetched into a folder of the Hub's cache
+    (folder / "consolidated.safetensors").write_bytes(b"")
+    assert stages.folder_hash(folder) == stages.folder_hash(model)
+    (folder / "tokenizer.json").unlink()
+    assert stages.folder_hash(folder) != stages.folder_hash(model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_and_verify(model, tmp_path, dtype):
     out = tmp_path / "out"

@@ -120,54 +120,63 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
     Raises:
       BadDataError: a key is missing, or asks for arithmetic this decoder does not do.
     """
-    model_type = config.get("model_type")
-    if model_type not in _FAMILIES:
-        raise BadDataError(f"{source}: model_type is {model_type!r}; this version runs {sorted(_FAMILIES)} only.")
-    for key, allowed in _MUST_BE.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise BadDataError(f"{source}: {key} is {config[key]!r}, which this version does not support.")
-    family = _FAMILIES[model_type]
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling; both may leave them unsaid.
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key), dict | None):
-            raise BadDataError(f"{source}: {key} is {config[key]!r}; it must be an object or null.")
-        rope |= config.get(key) or {}
     try:
-        n_heads = int(config["num_attention_heads"])
-        return DecoderConfig(
-            model_type=model_type,
-            vocab_size=int(config["vocab_size"]),
-            embed_dim=int(config["hidden_size"]),
-            n_layers=int(config["num_hidden_layers"]),
-            n_heads=n_heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // n_heads),
-            mlp_dim=int(config["intermediate_size"]),
-            n_experts=int(config["num_local_experts"]) if model_type == "mixtral" else None,
-            experts_per_token=int(config["num_experts_per_tok"]) if model_type == "mixtral" else None,
-            max_positions=int(config["max_position_embeddings"]),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
-            rope_scaling=_rope_scaling(rope, source),
-            norm_eps=float(config["rms_norm_eps"]),
-            # An explicit null means none; what transformers takes where the key is left out differs by family.
-            sliding_window=config.get("sliding_window", family.sliding_window) if model_type != "llama" else None,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
+        return _decoder_config(config)
+    except BadDataError as error:
+        raise BadDataError(f"{source}: {error}") from error
     except KeyError as missing:
         raise BadDataError(f"{source}: the key {missing} is missing.") from missing
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BadDataError(f"{source}: a size is not a number ({error}).") from error
 
 
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
+def _decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+    model_type = config.get("model_type")
+    if model_type not in _FAMILIES:
+        raise BadDataError(
+            f"model_type is {model_type!r}; choose one of the families this version runs: {', '.join(_FAMILIES)}."
+        )
+    for key, allowed in _MUST_BE.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise BadDataError(f"{key} is {config[key]!r}, which this version does not support.")
+    family = _FAMILIES[model_type]
+    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling; both may leave them unsaid.
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), dict | None):
+            raise BadDataError(f"{key} is {config[key]!r}; it must be an object or null.")
+        rope |= config.get(key) or {}
+    n_heads = int(config["num_attention_heads"])
+    # An explicit null means none; what transformers takes where the key is left out differs by family.
+    window = config.get("sliding_window", family.sliding_window) if model_type != "llama" else None
+    return DecoderConfig(
+        model_type=model_type,
+        vocab_size=int(config["vocab_size"]),
+        embed_dim=int(config["hidden_size"]),
+        n_layers=int(config["num_hidden_layers"]),
+        n_heads=n_heads,
+        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // n_heads),
+        mlp_dim=int(config["intermediate_size"]),
+        n_experts=int(config["num_local_experts"]) if model_type == "mixtral" else None,
+        experts_per_token=int(config["num_experts_per_tok"]) if model_type == "mixtral" else None,
+        max_positions=int(config["max_position_embeddings"]),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
+        rope_scaling=_rope_scaling(rope),
+        norm_eps=float(config["rms_norm_eps"]),
+        sliding_window=None if window is None else int(window),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise BadDataError(f"{source}: rope_type is {kind!r}; this version supports 'default' and 'llama3'.")
+        raise BadDataError(f"rope_type is {kind!r}; this version supports 'default' and 'llama3'.")
     known = _ROPE_KEYS | (set(_LLAMA3_KEYS.values()) if kind == "llama3" else set())
     for key in rope:
         if key not in known or (key == "partial_rotary_factor" and rope[key] != 1):
-            raise BadDataError(f"{source}: the rope setting {key}={rope[key]!r} is not supported with {kind!r}.")
+            raise BadDataError(f"the rope setting {key}={rope[key]!r} is not supported with {kind!r}.")
     if kind == "default":
         return None
     return RopeScaling(**{field: rope[key] for field, key in _LLAMA3_KEYS.items()})

@@ -27,6 +27,10 @@ from sami_jax.types import Array, Params
 
 _ROWS_BYTES = 1 << 20  # read at a time
 SHARD_BYTES = 5_000_000_000  # what transformers and the Hub take a file to be
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+SETTINGS_FILES = ("config.json", "generation_config.json", _INDEX, *TOKENIZER_FILES)  # read beside the weights
+_SHOWN = 4  # tensors, in a message
+_DTYPES = ("F32", "BF16", "F16")  # as safetensors calls them
 
 _Keys = tuple[str, ...]  # the way to a leaf of our params
 
@@ -85,7 +89,10 @@ _BUFFERS = ("rotary_emb.inv_freq",)  # written by old transformers, recomputed f
 def read_config(folder: Path) -> DecoderConfig:
     """The shape of the model in a folder. Raises BadDataError where there is none this version can run."""
     if not folder.is_dir():
-        raise BadDataError(f"The model folder {folder} does not exist; give a folder with config.json and safetensors.")
+        raise BadDataError(
+            f"There is no model folder {folder}; give a folder with config.json and safetensors, or a name on the "
+            "Hugging Face Hub."
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise BadDataError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
@@ -93,6 +100,46 @@ def read_config(folder: Path) -> DecoderConfig:
     if not isinstance(config, dict):
         raise BadDataError(f"{path}: expected a JSON object.")
     return config_from_huggingface(config, source=str(path))
+
+
+def read_weight_map(folder: Path) -> dict[str, set[str]]:
+    """The names of a folder's weight files, each with the tensors that the index wants in it.
+
+    Without an index it is model.safetensors, whatever it holds. Whether the files are there is not asked.
+
+    Raises:
+      BadDataError: the index is malformed, or names something else than safetensors files inside the folder.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return {_SINGLE: set()}
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadDataError(f"{index}: weight_map is missing; download it again.")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        # The name decides, not where it leads: in the Hub's cache every file is a link out of the folder.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadDataError(
+                f"{index}: {name!r} is not the plain name of a safetensors file inside the folder; put the file there "
+                "and name it alone."
+            )
+        files.setdefault(name, set()).add(tensor)
+    return dict(sorted(files.items()))
+
+
+def find_weights(folder: Path) -> dict[str, set[str]]:
+    """`read_weight_map`, none of whose files is missing. Raises BadDataError where one is."""
+    files = read_weight_map(folder)
+    for name in files:
+        if not (folder / name).is_file():
+            if files == {_SINGLE: set()}:
+                raise BadDataError(
+                    f"{folder} has neither {_SINGLE} nor {_INDEX}; convert its weights to safetensors first."
+                )
+            raise BadDataError(f"{folder / name} is named in {_INDEX} but does not exist; download it again.")
+    return files
 
 
 def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Params) -> Params:
@@ -108,7 +155,7 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
       shardings: tree of shardings, as `sharding.param_shardings` gives it.
 
     Raises:
-      BadDataError: a file is missing or damaged; a weight is missing, unknown or misshapen. All names are listed.
+      BadDataError: a file is missing or damaged; a weight is missing, unknown, misshapen or of another dtype.
     """
     tensors = _split_experts(_open_tensors(folder), config)
     if config.tied_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
@@ -197,7 +244,7 @@ def save_model(
             raise SaveFailedError(f"{folder} could not be written ({error}); free some space.") from error
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            write_json(place / "model.safetensors.index.json", index)
+            write_json(place / _INDEX, index)
         # transformers 4 reads torch_dtype, transformers 5 dtype.
         about = {key: value for key, value in huggingface_config.items() if key != "torch_dtype"} | {"dtype": dtype}
         write_json(place / "config.json", about)
@@ -266,32 +313,28 @@ class _Tensor:
 
 def _open_tensors(folder: Path) -> dict[str, _Tensor]:
     """Every tensor of the folder's safetensors files by its name, none of them read."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadDataError(f"{index}: weight_map is missing.")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise BadDataError(f"{index}: weight_map must give a file name for each weight.")
-        files = sorted(set(weight_map.values()))
-    elif single.is_file():
-        files = [single.name]
-    else:
-        raise BadDataError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
     tensors: dict[str, _Tensor] = {}
-    for name in files:
-        path = folder / name
-        if Path(name).name != name or path.resolve().parent != folder.resolve():
-            raise BadDataError(f"{index}: {name!r} is not a plain file name inside the folder.")
+    for name, wanted in find_weights(folder).items():
+        path, found = folder / name, {}
         try:
             with safe_open(path, framework="numpy") as reader:
                 for key in reader.keys():
-                    tensors[key] = _Tensor(path, key, tuple(reader.get_slice(key).get_shape()))
-        except FileNotFoundError:
-            raise BadDataError(f"{path} is named in the index but does not exist.") from None
+                    stored = reader.get_slice(key)
+                    if stored.get_dtype() not in _DTYPES:
+                        raise BadDataError(
+                            f"{path}: {key} is stored as {stored.get_dtype()}, but only float32, bfloat16 and float16 "
+                            "are read; convert the weights to one of them."
+                        )
+                    found[key] = _Tensor(path, key, tuple(stored.get_shape()))
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise BadDataError(f"{path} is damaged or incomplete ({error}); download or export it again.") from error
+        if absent := sorted(wanted - found.keys()):
+            raise BadDataError(
+                f"{path} does not hold {_listed(absent)}, although {_INDEX} says so; download both again."
+            )
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise BadDataError(f"{path} holds {_listed(twice)}, as another file does; download the folder again.")
+        tensors |= found
     return tensors
 
 
@@ -326,12 +369,24 @@ def _refuse_misfits(folder: Path, tensors: Mapping[str, _Tensor], shapes: Params
     missing = sorted(wanted.keys() - tensors.keys())
     if unknown or missing:
         problems = [
-            f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+            f"{kind}: {_listed(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
         ]
-        raise BadDataError(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}).")
+        raise BadDataError(
+            f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); take both from one model."
+        )
     for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise BadDataError(f"{folder}: {name} has shape {tensors[name].shape}, but config.json implies {shape}.")
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise BadDataError(
+                f"{tensor.file}: {name} has shape {tensor.shape}, but config.json implies {shape}; take both from one "
+                "model."
+            )
+
+
+def _listed(names: list[str]) -> str:
+    """The first names of many: those of a model of another family may be thousands."""
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _load_slice(leaf: _Leaf, tensor: _Tensor, shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Array:
