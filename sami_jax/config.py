@@ -125,7 +125,9 @@ class TrainConfig:
 
     steps: tuple[int, ...] = _setting((2, 4, 6), "optimizer steps of iteration 1, 2, ...; `sami train` uses the first")
     queries_per_step: int = _setting(128, "queries in one optimizer step", at_least=1)
-    micro_batch_queries: int = _setting(1, "queries whose C x C sequences are in memory at once", at_least=1)
+    micro_batch_queries: int = _setting(
+        1, "queries whose C x C sequences are in memory at once, for each device that shares the batch", at_least=1
+    )
     passes: float = _setting(1.0, "how often a kept query is used at most, on average", at_least=1.0)
     optimizer: str = _setting("adamw", "with torch's defaults", choices=("adamw", "rmsprop"))
     learning_rate: float = _setting(5e-7, "constant, no warm-up", above=0)
@@ -212,11 +214,11 @@ class RunConfig:
                 f"train.steps is {self.train.steps}: it needs a positive number of steps for each of the "
                 f"{self.iterations} iterations."
             )
-        if self.train.queries_per_step % (self.train.micro_batch_queries * self.mesh.data * self.mesh.fsdp):
+        at_once = self.train.micro_batch_queries * self.mesh.data * self.mesh.fsdp * self.mesh.expert
+        if self.train.queries_per_step % at_once:
             raise BadConfigError(
                 f"train.queries_per_step is {self.train.queries_per_step}, which is no multiple of "
-                f"train.micro_batch_queries x mesh.data x mesh.fsdp = "
-                f"{self.train.micro_batch_queries * self.mesh.data * self.mesh.fsdp}."
+                f"train.micro_batch_queries x mesh.data x mesh.fsdp x mesh.expert = {at_once}."
             )
         if self.train.over_responses_weight + self.train.over_constitutions_weight <= 0:
             raise BadConfigError("train.over_responses_weight and train.over_constitutions_weight are both 0.")

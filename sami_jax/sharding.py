@@ -1,6 +1,7 @@
 """Where arrays live: a device mesh, and the one table from logical axis names to its axes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,10 +29,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of the config over the first devices. Raises BadConfigError where there are too few."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the config over the first devices, all of JAX's or others. Raises BadConfigError on too few."""
     sizes = tuple(getattr(config, axis) for axis in AXES)
-    needed, devices = math.prod(sizes), jax.devices()
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(sizes)
     if needed > len(devices):
         raise BadConfigError(
             f"config.mesh asks for {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))} = "

@@ -140,26 +140,23 @@ class TrainStep:
 
     def __init__(self, step: Callable):
         @functools.lru_cache(maxsize=8)
-        def jitted(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+        def compiled(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
             # Left to itself, the compiler splits the norms; the second step would then be another program than the
             # first, and a resumed run, which starts with the norms whole, would round differently from one that was
             # never stopped.
             return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
 
-        self._jitted = jitted
+        self._compiled = compiled
 
     def __call__(
         self, state: TrainState, reference: Params | None, batch: ContrastiveBatch
     ) -> tuple[TrainState, StepMetrics]:
-        return self._for(state)(state, reference, batch)
+        return self.jitted(state)(state, reference, batch)
 
-    def lower(self, state: TrainState, reference: Params | None, batch: ContrastiveBatch) -> jax.stages.Lowered:
-        """The step for arguments of these shapes, dtypes and shardings, ready to be compiled."""
-        return self._for(state).lower(state, reference, batch)
-
-    def _for(self, state: TrainState) -> Any:
+    def jitted(self, state: TrainState) -> Any:
+        """The function for states sharded like this one, which may be abstract."""
         leaves, structure = jax.tree.flatten(state)
-        return self._jitted(structure, tuple(leaf.sharding for leaf in leaves))
+        return self._compiled(structure, tuple(leaf.sharding for leaf in leaves))
 
 
 @functools.lru_cache(maxsize=8)
@@ -259,7 +256,7 @@ def _share_changed(before: Params, after: Params) -> Array:
         return jnp.sum(in_a_row.astype(jnp.float32))  # a stack of layers has more entries than an int32 can count
 
     counts = jax.tree.map(changed, before, after)
-    return sum(jax.tree.leaves(counts)) / float(sum(leaf.size for leaf in jax.tree.leaves(before)))
+    return jnp.sum(jnp.stack(jax.tree.leaves(counts))) / float(sum(leaf.size for leaf in jax.tree.leaves(before)))
 
 
 def nonfinite_examples(metrics: StepMetrics, example_ids: Sequence[Any]) -> list[Any]:

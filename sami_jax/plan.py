@@ -1,0 +1,139 @@
+"""Does a run fit: its programs compiled ahead of time, for devices one need not own, by their real compiler."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sami_jax.config import RunConfig
+from sami_jax.errors import BadConfigError
+from sami_jax.flops import count_flops
+from sami_jax.model.config import DecoderConfig
+from sami_jax.model.decoder import make_model, sharded_params
+from sami_jax.sharding import batch_sharding, batch_shards, make_mesh
+from sami_jax.training import abstract_state, make_optimizer, make_train_step
+from sami_jax.types import Array, ContrastiveBatch
+
+GIB = 2**30
+HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # a chip's, by Google's documentation
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      name: of the program.
+      peak_bytes: most memory that a device holds at a time; None where it does not fit.
+      refusal: what the compiler says where it does not fit.
+      flops: of its matmuls, on all devices together.
+      compile_s: seconds that compilation took.
+    """
+
+    name: str
+    peak_bytes: int | None
+    refusal: str
+    flops: int
+    compile_s: float
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of a TPU slice, described by its compiler.
+
+    Args:
+      name: kind and shape in chips, for instance "v5e:4x4" or "v5p:2x2x4".
+
+    Raises:
+      BadConfigError: there is no such slice, or no compiler for it here.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # of several kinds, by what is missing
+        reason = str(error).partition("\n")[0]
+        raise BadConfigError(
+            f"No TPU topology {name!r} ({reason}); name one such as v5e:4x4, and on Linux x86-64 "
+            "`pip install sami-jax[tpu]` brings the compiler."
+        ) from error
+
+
+def compile_programs(
+    config: RunConfig,
+    shape: DecoderConfig,
+    devices: Sequence[jax.Device],
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    names: Sequence[str] = ("train step", "prefill", "decode step"),
+) -> Iterator[Program]:
+    """Compiles what a run of this config executes, one program after another.
+
+    Args:
+      config: mesh, optimizer, precision, queries per step and micro-batch, rows sampled together.
+      shape: the model's.
+      devices: at least as many as config.mesh asks for; none of them is used.
+      prompt_tokens: of the longest prompt, padding included.
+      response_tokens: of the longest trained response, padding included; sampling has room for
+        config.sampling.max_new_tokens.
+      names: which programs.
+
+    Raises:
+      BadConfigError: the mesh does not fit the devices or the model.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
+    count = config.constitutions.count
+
+    def rows(spec: PartitionSpec, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    if "train step" in names:
+        state = abstract_state(sharded_params(shape, mesh, config.train.weights_dtype), make_optimizer(config.train))
+        reference = sharded_params(shape, mesh, config.compute_dtype) if config.train.kl_beta > 0 else None
+        micro = config.train.micro_batch_queries * batch_shards(mesh)
+        lead = (config.train.queries_per_step // micro, micro)
+        split = PartitionSpec(None, *batch_sharding(mesh).spec)
+        tokens = rows(split, jnp.int32, *lead, count, count, prompt_tokens + response_tokens)
+        prompt_lengths = rows(split, jnp.int32, *lead, count)
+        targets, target_mask = (rows(split, t, *lead, count, response_tokens) for t in (jnp.int32, jnp.bool_))
+        batch = ContrastiveBatch(*cast(list[Array], [tokens, prompt_lengths, targets, target_mask]))
+        step = make_train_step(model.score, config.train, seed=config.seed).jitted(state)
+        yield _compile("train step", mesh, step, state, reference, batch)[0]
+    if not {"prefill", "decode step"} & set(names):
+        return
+    params = sharded_params(shape, mesh, config.compute_dtype)
+    asked = config.sampling.chunk_queries * count
+    shared = asked % batch_shards(mesh) == 0  # as stages.respond has it
+    split = batch_sharding(mesh).spec if shared else PartitionSpec()
+    tokens, lengths = rows(split, jnp.int32, asked, prompt_tokens), rows(split, jnp.int32, asked)
+    cache_length = prompt_tokens + config.sampling.max_new_tokens
+    prefill = jax.jit(lambda params, tokens, lengths: model.decode.prefill(params, tokens, lengths, cache_length))
+    program, compiled = _compile("prefill", mesh, prefill, params, tokens, lengths)
+    yield program
+    if compiled is None or "decode step" not in names:
+        return
+    cache = jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
+        jax.eval_shape(prefill, params, tokens, lengths)[1],
+        compiled.output_shardings[1],
+    )
+    decode = jax.jit(model.decode.step, donate_argnums=1)
+    yield _compile("decode step", mesh, decode, params, cache, lengths, lengths)[0]
+
+
+def _compile(name: str, mesh: Mesh, jitted: Any, *args: Any) -> tuple[Program, jax.stages.Compiled | None]:
+    flops = count_flops(jitted, *args, platform=mesh.devices.flat[0].platform)
+    started = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):  # without it, Pallas kernels would be lowered for this machine
+            compiled = jitted.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = " ".join(str(error).split("\n")[:2])
+        return Program(name, None, refusal, flops, time.monotonic() - started), None
+    seconds = time.monotonic() - started
+    return Program(name, compiled.memory_analysis().peak_memory_in_bytes, "", flops, seconds), compiled
