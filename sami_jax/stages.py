@@ -29,11 +29,21 @@ from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, abstract_params, make_model
 from sami_jax.model.huggingface import load_params, read_config, save_finetuned
+from sami_jax.processes import agreed
 from sami_jax.progress import Progress
 from sami_jax.sampling import Response, sample_responses, stop_tokens
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.seeds import generator
-from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings, place, replicated
+from sami_jax.sharding import (
+    batch_sharding,
+    batch_shards,
+    gather,
+    make_mesh,
+    micro_batch_sharding,
+    param_shardings,
+    place,
+    replicated,
+)
 from sami_jax.training import (
     init_state,
     make_optimizer,
@@ -75,6 +85,7 @@ class Task:
     constitutions: tuple[Constitution, ...]
 
 
+@agreed()
 def load_model(folder: Path, config: RunConfig) -> LoadedModel:
     """Reads a Hugging Face folder onto the config's mesh. Raises BadDataError where it cannot be used."""
     shape = read_config(folder)
@@ -283,7 +294,7 @@ def train_stage(
     ids = [[data[i].example_id for i in indices] for indices in schedule]
     run_directory.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
-    step_fn, sharding = make_train_step(loaded.model.score, train), _micro_batch_sharding(loaded.mesh)
+    step_fn, sharding = make_train_step(loaded.model.score, train), micro_batch_sharding(loaded.mesh)
     with Checkpoints(out / "checkpoints") as checkpoints:
         state = fresh_state(loaded, train)
         state = checkpoints.restore_latest(state) or state
@@ -295,7 +306,7 @@ def train_stage(
             rows = [data[i] for i in schedule[step]]
             batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
             micro = micro_batches(batch, train.micro_batch_queries * batch_shards(loaded.mesh))
-            state, metrics = step_fn(state, loaded.params, jax.device_put(micro, sharding))
+            state, metrics = step_fn(state, loaded.params, place(micro, sharding))
             if not bool(metrics.finite):
                 bad = nonfinite_examples(metrics, ids[step])
                 raise NonFiniteError(
@@ -382,9 +393,9 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
     shape = (batch_shards(loaded.mesh), min(64, loaded.model.config.max_positions))
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, shape).astype(np.int32)
     at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    placed = jax.device_put((tokens, at), batch_sharding(loaded.mesh))
+    placed = place((tokens, at), batch_sharding(loaded.mesh))
     score = jax.jit(loaded.model.score)
-    before, after = (np.asarray(score(params, *placed)) for params in (rounded, load_model(out, config).params))
+    before, after = (gather(score(params, *placed)) for params in (rounded, load_model(out, config).params))
     if not np.array_equal(before, after):
         raise SaveFailedError(
             f"{out} does not give the logits of the weights it was made from (largest difference "
@@ -616,8 +627,3 @@ def score_all(
         sharding=batch_sharding(loaded.mesh),
         scored=progress.update if progress else lambda done: None,
     )
-
-
-def _micro_batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    spec = batch_sharding(mesh).spec
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec))
