@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from sami_jax.errors import BadDataError, SaveFailedError, StoppedError
+from sami_jax.processes import agreed, writes
 from sami_jax.types import Array, TrainState
 
 
@@ -99,8 +100,10 @@ class Checkpoints:
                     raise
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             aside = self._folder / f"damaged-step-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            self._step_folder(step).rename(aside)
+            with agreed():
+                if writes():
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self._step_folder(step).rename(aside)
             self._manager.reload()  # it lists steps once; without this, it would refuse to save this step again
             print(
                 f"warning: the checkpoint of step {step} is damaged ({reason}); it was set aside as {aside}.",
@@ -133,20 +136,24 @@ def fingerprint(tree: Any) -> str:
 
     Every element's bits are mixed with its place and summed as integers mod 2^32, twice; integer sums have no order.
     """
-    sums = [_leaf_fingerprint(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
     total = [0, 0]
-    for place, pair in enumerate(jax.device_get(sums), start=1):
+    for place, pair in enumerate(jax.device_get(_fingerprints(jax.tree.leaves(tree))), start=1):
         for i in range(2):
             total[i] = (total[i] * 31 + int(pair[i]) * (2 * place + 1)) % 2**32
     return f"{total[0]:08x}{total[1]:08x}"
 
 
+# All leaves in one program: several at once, each with sums over all processes, lock each other on CPU (gloo).
 @jax.jit
+def _fingerprints(leaves: list[Array]) -> list[tuple[Array, Array]]:
+    return [_leaf_fingerprint(jnp.asarray(leaf)) for leaf in leaves]
+
+
 def _leaf_fingerprint(leaf: Array) -> tuple[Array, Array]:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)
     bits = bits.astype(jnp.uint32)
-    # Mod 2^32, and not by a flattened copy, which a sharded leaf would have to be gathered for.
+    # Mod 2^32, counted along each axis: a reshape would gather a sharded leaf whole on every device.
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

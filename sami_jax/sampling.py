@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.data.tokenizer import Tokenizer
-from sami_jax.sharding import padded_size
+from sami_jax.sharding import gather, padded_size, place
 from sami_jax.types import Array, DecodeFn, Params
 
 
@@ -150,8 +150,8 @@ def sample_responses(
     for row, ids in enumerate(padded):
         tokens[row, : len(ids)] = ids
     lengths = np.array([len(ids) for ids in padded], np.int32)
-    placed = jax.device_put((tokens, lengths), sharding)
-    samples = jax.device_get(greedy(decode, params, *placed, stop_mask, max_new_tokens=max_new_tokens))
+    placed = place((tokens, lengths), sharding)
+    samples = gather(greedy(decode, params, *placed, stop_mask, max_new_tokens=max_new_tokens))
     return [
         cut_response(
             samples.tokens[row, : samples.lengths[row]].tolist(), tokenizer, markers, stopped=bool(samples.stopped[row])

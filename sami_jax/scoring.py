@@ -11,7 +11,7 @@ import numpy as np
 
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sequence_logps, token_logps
-from sami_jax.sharding import padded_size
+from sami_jax.sharding import gather, padded_size, place
 from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, ScoreFn
 
 
@@ -123,7 +123,7 @@ def score_pairs(
         width, response_width = batch_widths(chunk, round_to=round_to, eos_id=None)
         filled = chunk + [chunk[0]] * (rows - len(chunk))
         batch = make_batch(filled, width=width, response_width=response_width, eos_id=None)
-        batch = jax.device_put(batch, sharding)
-        matrices.append(np.asarray(contrastive_logps(score, params, batch, normalize=normalize))[: len(chunk)])
+        logps = contrastive_logps(score, params, place(batch, sharding), normalize=normalize)
+        matrices.append(gather(logps)[: len(chunk)])
         scored(start + len(chunk))
     return np.concatenate(matrices)

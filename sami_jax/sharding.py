@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sami_jax.config import MeshConfig
@@ -69,6 +71,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays whose leading axes count micro-batches and their examples."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
 def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
     """The sharding of every parameter.
 
@@ -100,5 +107,19 @@ def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """The tree's arrays on the devices, each leaf by its sharding (or all by one)."""
+    """The tree's arrays on the devices, each leaf by its sharding (or all by one).
+
+    Values in the host's memory must be the same in every process; JAX compares them, and raises where they are not.
+    """
     return jax.device_put(tree, shardings)
+
+
+def gather(tree: Any) -> Any:
+    """The tree's arrays whole in the host's memory, whichever processes hold them; every process must call it."""
+
+    def whole(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)

@@ -29,11 +29,12 @@ from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.huggingface import SETTINGS_FILES, find_weights, load_params, read_config, save_finetuned
+from sami_jax.processes import agreed
 from sami_jax.progress import Progress
 from sami_jax.sampling import Response, sample_responses, stop_tokens
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.seeds import generator
-from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, place, replicated
+from sami_jax.sharding import batch_sharding, batch_shards, gather, make_mesh, micro_batch_sharding, place, replicated
 from sami_jax.training import (
     abstract_state,
     init_state,
@@ -65,6 +66,7 @@ class OpenModel:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
 
+    @agreed()
     def load(self, dtype: Dtype) -> Params:
         """Reads the weights onto the mesh. Raises BadDataError where they do not fit config.json."""
         shardings = jax.tree.map(lambda spec: spec.sharding, sharded_params(self.model.config, self.mesh, dtype))
@@ -94,6 +96,7 @@ class Task:
     constitutions: tuple[Constitution, ...]
 
 
+@agreed()
 def open_model(folder: Path, config: RunConfig) -> OpenModel:
     """A Hugging Face folder's model for the config's mesh. Raises BadDataError where it cannot be used."""
     shape = read_config(folder)
@@ -316,7 +319,7 @@ def train_stage(
     run_directory.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
     step_fn = make_train_step(opened.model.score, train, seed=config.seed)
-    sharding = _micro_batch_sharding(opened.mesh)
+    sharding = micro_batch_sharding(opened.mesh)
     with Checkpoints(out / "checkpoints") as checkpoints:
         state = fresh or checkpoints.restore_latest(opened.state(train)) or fresh_state(opened, train)
         first = int(state.step)
@@ -327,7 +330,7 @@ def train_stage(
             rows = [data[i] for i in schedule[step]]
             batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
             micro = micro_batches(batch, train.micro_batch_queries * batch_shards(opened.mesh))
-            state, metrics = step_fn(state, reference, jax.device_put(micro, sharding))
+            state, metrics = step_fn(state, reference, place(micro, sharding))
             if not bool(metrics.finite):
                 bad = nonfinite_examples(metrics, ids[step])
                 raise NonFiniteError(
@@ -413,10 +416,10 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
     shape = (batch_shards(loaded.mesh), min(64, loaded.model.config.max_positions))
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, shape).astype(np.int32)
     at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    placed = jax.device_put((tokens, at), batch_sharding(loaded.mesh))
+    placed = place((tokens, at), batch_sharding(loaded.mesh))
     score = jax.jit(loaded.model.score)
     written = load_model(out, config, dtype="float32").params
-    before, after = (np.asarray(score(params, *placed)) for params in (rounded, written))
+    before, after = (gather(score(params, *placed)) for params in (rounded, written))
     if not np.array_equal(before, after):
         raise SaveFailedError(
             f"{out} does not give the logits of the weights it was made from (largest difference "
@@ -648,8 +651,3 @@ def score_all(
         sharding=batch_sharding(loaded.mesh),
         scored=progress.update if progress else lambda done: None,
     )
-
-
-def _micro_batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    spec = batch_sharding(mesh).spec
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *spec))

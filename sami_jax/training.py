@@ -13,7 +13,7 @@ from sami_jax.config import TrainConfig
 from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
 from sami_jax.scoring import cell_logps, response_logits
 from sami_jax.seeds import generator, jax_key
-from sami_jax.sharding import replicated
+from sami_jax.sharding import gather, replicated
 from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn, TrainState
 
 
@@ -261,4 +261,4 @@ def _share_changed(before: Params, after: Params) -> Array:
 
 def nonfinite_examples(metrics: StepMetrics, example_ids: Sequence[Any]) -> list[Any]:
     """The ids of the step's queries whose own loss is not finite."""
-    return [i for i, loss in zip(example_ids, np.asarray(metrics.query_losses), strict=True) if not np.isfinite(loss)]
+    return [i for i, loss in zip(example_ids, gather(metrics.query_losses), strict=True) if not np.isfinite(loss)]

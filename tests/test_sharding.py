@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import doubles
 from sami_jax.config import MeshConfig, TrainConfig
 from sami_jax.errors import BadConfigError
-from sami_jax.model.config import DecoderConfig, RopeScaling
+from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import (
@@ -23,25 +23,15 @@ from sami_jax.sharding import (
     batch_sharding,
     batch_shards,
     make_mesh,
+    micro_batch_sharding,
     padded_size,
     param_shardings,
     place,
     replicated,
 )
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches, round_to_dtypes
-from tiny_models import random_params, tiny_config
+from tiny_models import FAMILIES, random_params, tiny_config
 
-SHAPE = tiny_config(vocab_size=32, n_layers=2, embed_dim=32, head_dim=4, mlp_dim=24)
-FAMILIES = {
-    "mistral": dataclasses.replace(SHAPE, sliding_window=4),
-    "llama3": dataclasses.replace(
-        SHAPE,
-        model_type="llama",
-        tied_embeddings=True,
-        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8),
-    ),
-    "mixtral": dataclasses.replace(SHAPE, model_type="mixtral", n_experts=4, experts_per_token=2),
-}
 LAYOUTS = {
     "fsdp": MeshConfig(fsdp=8),
     "data, fsdp, tensor": MeshConfig(data=2, fsdp=2, tensor=2),
@@ -179,7 +169,7 @@ def two_steps(family: str, layout: str | None):
     state = jax.tree.map(lambda x: x if x.ndim else place(x, replicated(mesh)), state)
     pairs = doubles.random_pairs(16, vocab=shape.vocab_size, seed=5)
     batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), 8)
-    batch = place(batch, NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec)))
+    batch = place(batch, micro_batch_sharding(mesh))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
     score = chex.assert_max_traces(make_model(shape, mesh=mesh).score, n=2)

@@ -1,5 +1,6 @@
 """Small real tokenizers and model folders for the tests, made without torch and without a network."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sami_jax.model.config import DecoderConfig
+from sami_jax.model.config import DecoderConfig, RopeScaling
 from sami_jax.model.decoder import abstract_params
 from sami_jax.model.huggingface import load_params
 from sami_jax.types import Params
@@ -42,6 +43,20 @@ def tiny_config(**changes: Any) -> DecoderConfig:
         "tied_embeddings": False,
     }
     return DecoderConfig(**shape | changes)
+
+
+_EVEN = tiny_config(vocab_size=32, n_layers=2, embed_dim=32, head_dim=4, mlp_dim=24)
+# Shapes that every layout of eight devices shares evenly.
+FAMILIES = {
+    "mistral": dataclasses.replace(_EVEN, sliding_window=4),
+    "llama3": dataclasses.replace(
+        _EVEN,
+        model_type="llama",
+        tied_embeddings=True,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8),
+    ),
+    "mixtral": dataclasses.replace(_EVEN, model_type="mixtral", n_experts=4, experts_per_token=2),
+}
 
 
 def random_params(config: DecoderConfig, *, seed: int = 0, stddev: float = 0.3) -> Params:

@@ -1,10 +1,12 @@
 """Hugging Face model folders: config.json and safetensors in, the same out, one tensor at a time."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import operator
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +24,9 @@ from sami_jax.data.tokenizer import TOKENIZER_FILES
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.model.config import DecoderConfig, config_from_huggingface
 from sami_jax.model.decoder import abstract_params
+from sami_jax.processes import agreed, writes
 from sami_jax.run_directory import building, read_json, write_json, write_text
+from sami_jax.sharding import gather
 from sami_jax.types import Array, Params
 
 _ROWS_BYTES = 1 << 20  # read at a time
@@ -197,7 +201,8 @@ def save_model(
 ) -> None:
     """Writes a model folder that any Hugging Face tool serves: built beside its place, then renamed.
 
-    Names and shapes are the Hub's. One file's tensors at most are in the host's memory at a time.
+    Names and shapes are the Hub's. One file's tensors at most are in the host's memory at a time. Of several processes,
+    which must all call this, one writes; the others help to gather the weights, a tensor at a time, and wait.
 
     Args:
       folder: must not exist, or be empty.
@@ -231,17 +236,14 @@ def save_model(
 
     def tensor(name: str) -> np.ndarray:
         path, index, _ = places[name]
-        found = _leaf(path, config).to_stored(np.asarray(arrays[path][index])).astype(stored)
+        # One axis at a time: together they would gather every layer of a leaf whose experts are on several devices.
+        part = functools.reduce(operator.getitem, index, arrays[path])
+        found = _leaf(path, config).to_stored(gather(part)).astype(stored)
         if not np.isfinite(found).all():
             raise NonFiniteError(f"{name} holds NaN or infinity as {dtype}; nothing was written to {folder}.")
         return np.ascontiguousarray(found)
 
-    with building(folder) as place:
-        try:
-            for file, names in split.filename_to_tensors.items():
-                save_file({name: tensor(name) for name in names}, place / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # what a full disk becomes
-            raise SaveFailedError(f"{folder} could not be written ({error}); free some space.") from error
+    def write_rest(place: Path) -> None:
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(place / _INDEX, index)
@@ -253,6 +255,20 @@ def save_model(
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, place / name)
+
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            place = stack.enter_context(building(folder)) if writes() else None
+        for file, names in split.filename_to_tensors.items():
+            tensors = ((name, tensor(name)) for name in names)
+            kept = {name: values for name, values in tensors if place}
+            with agreed():
+                if place:
+                    _save_file(place / file, kept)
+        with agreed():
+            if place:
+                write_rest(place)
+                stack.close()
 
 
 def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, dtype: str, source: Path, card: str) -> None:
@@ -268,6 +284,13 @@ def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, dtype
         tokenizer_folder=source,
         card=card,
     )
+
+
+def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what a full disk becomes
+        raise SaveFailedError(f"{path} could not be written ({error}); free some space.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,163 @@
+"""A model's whole way through the library, on the devices of one process or of several.
+
+`python multiprocess_worker.py PORT PROCESS FOLDER LIMIT_S` goes it as one of two processes; test_multiprocess starts
+both. What process N saw of family F is in FOLDER/F/process-N.npz and .json.
+"""
+
+import faulthandler
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import doubles
+from sami_jax import stages
+from sami_jax.checkpoints import Checkpoints, fingerprint
+from sami_jax.config import MeshConfig, RunConfig, SamplingConfig, TrainConfig
+from sami_jax.model.huggingface import save_finetuned
+from sami_jax.scoring import make_batch
+from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, place
+from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
+from sami_jax.types import TrainState
+
+PROCESSES, DEVICES = 2, 8
+# The first four devices are process 0's. Over fsdp and expert each process has half of every weight or of the experts;
+# over data each has a copy.
+MESHES = {
+    "mistral": MeshConfig(fsdp=8),
+    "llama3": MeshConfig(data=2, fsdp=2, tensor=2),
+    "mixtral": MeshConfig(expert=4, tensor=2),
+}
+QUERIES, PROMPTS = 16, ("The post is about", "Human: How do I bake bread?", "Sum")
+
+
+def way_through(
+    model: Path, mesh: MeshConfig, out: Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, TrainState]]:
+    """Loads, scores, trains one step, saves, restores, exports, samples.
+
+    Args:
+      model: Hugging Face folder.
+      mesh: the devices.
+      out: gets `checkpoints/` and `export/`.
+
+    Returns:
+      Arrays and JSON values to compare, and the trained state as it was "stepped" and "restored".
+    """
+    config = RunConfig(
+        mesh=mesh,
+        # eps: an update that feels the gradient's size.
+        train=TrainConfig(queries_per_step=QUERIES, learning_rate=1e-2, eps=1e-3, remat="none"),
+        sampling=SamplingConfig(max_new_tokens=12, stop=("##",)),
+    )
+    loaded = stages.load_model(model, config)
+    shape = loaded.model.config
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
+    at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
+    logits = jax.jit(loaded.model.score)(loaded.params, *place((tokens, at), batch_sharding(loaded.mesh)))
+    arrays = {"logits": gather(logits)}
+    pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
+    arrays["matrices"] = stages.score_all(loaded, loaded.params, pairs, config)
+    responses = stages.respond(loaded, PROMPTS, config.sampling, rows=8)
+
+    state = stages.fresh_state(loaded, config.train)
+    untrained = fingerprint(state)
+    batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), QUERIES // 2)
+    batch = place(batch, micro_batch_sharding(loaded.mesh))
+    state, metrics = make_train_step(loaded.model.score, config.train)(state, loaded.params, batch)
+    arrays |= {f"metrics.{name}": gather(value) for name, value in metrics._asdict().items()}
+    arrays |= named(gather(state))
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        checkpoints.save(state)
+        restored = checkpoints.restore_latest(loaded.state(config.train))
+    assert restored is not None
+    save_finetuned(out / "export", restored.params, shape, dtype="float32", source=model, card="# Trained\n")
+    facts = {
+        "responses": [[response.text, response.ids, response.finished] for response in responses],
+        "loss": float(metrics.loss),
+        "nonfinite": nonfinite_examples(metrics, [pair.example_id for pair in pairs]),
+        "fingerprints": [untrained, fingerprint(state), fingerprint(restored)],
+    }
+    return arrays, facts, {"stepped": state, "restored": restored}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def placed(state: TrainState) -> dict[str, tuple[str, list[int]]]:
+    """How each leaf is split, and the bytes of it on each of this process' devices."""
+    return {
+        name: (str(leaf.sharding.spec), [shard.data.nbytes for shard in leaf.addressable_shards])
+        for name, leaf in named(state).items()
+    }
+
+
+def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[str]]:
+    """What each process raises where only one of them has a reason to, or where their values differ."""
+    model, out, config = folder / "mistral" / "model-0", folder / "failed", RunConfig(mesh=MESHES["mistral"])
+    loaded = stages.load_model(folder / "mistral" / f"model-{process}", config)
+
+    def export(place: Path) -> None:
+        save_finetuned(place, state.params, loaded.model.config, dtype="float32", source=model, card="# Trained\n")
+
+    def full_disk() -> None:
+        # A limit on the size of files stands for the disk of the process that writes.
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if process else 100_000, hard))
+        try:
+            export(out / "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def damaged_checkpoint() -> None:
+        with Checkpoints(out / "checkpoints") as checkpoints:
+            checkpoints.save(state)
+            meta = out / "checkpoints" / "step_00000001" / "meta" / "metadata"
+            if process == 0:
+                meta.write_text(json.dumps({"fingerprint": "0" * 16}))
+            gather(place(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
+            checkpoints.restore_latest(loaded.state(config.train))
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "full disk": full_disk,
+        "folder taken": lambda: export(folder / "taken"),
+        "model missing": lambda: stages.load_model(folder / "nowhere" if process else model, config),
+        "damaged checkpoint": damaged_checkpoint,
+        "values differ": lambda: place(np.full(DEVICES, process), batch_sharding(loaded.mesh)),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = ["", ""]
+        except Exception as error:
+            found[name] = [type(error).__name__, str(error)]
+    return found
+
+
+def main(port: str, process: int, folder: Path) -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES // PROCESSES)
+    jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, process)
+    for family, mesh in MESHES.items():
+        out = folder / family
+        arrays, facts, states = way_through(out / f"model-{process}", mesh, out)
+        facts |= {name: placed(state) for name, state in states.items()}
+        if family == "mistral":
+            facts["failures"] = failures(folder, states["restored"], process)
+            # The untrained weights, of which this process reads its own half.
+            config, model = RunConfig(mesh=mesh), out / f"model-{process}"
+            stages.convert(config, model=model, out=out / "converted", dtype="float16", verify=True)
+        np.savez(out / f"process-{process}.npz", **arrays)
+        (out / f"process-{process}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True)  # who waits for ever says where, and ends
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
