@@ -34,5 +34,5 @@ def agreed() -> Iterator[None]:
         raise failure
     if codes.any():
         first = int(np.flatnonzero(codes)[0])
-        kinds = {kind.exit_code: kind for kind in SamiError.__subclasses__()}
+        kinds = {kind.exit_code: kind for kind in reversed(SamiError.__subclasses__())}  # the first of a code
         raise kinds[codes[first]](f"Process {first} failed; its own message says why.")

@@ -230,7 +230,7 @@ def test_a_folder_is_converted(folder):
     [
         ("full disk", "SaveFailedError", "free some space", "Process 0 failed"),
         ("folder taken", "BadDataError", "already holds files", "Process 0 failed"),
-        ("model missing", "BadDataError", "Process 1 failed", "does not exist"),
+        ("model missing", "BadDataError", "Process 1 failed", "There is no model folder"),
         ("damaged checkpoint", "BadDataError", "no checkpoint can be read", "no checkpoint can be read"),
         ("values differ", "AssertionError", "Expected", "Expected"),
     ],
