@@ -23,7 +23,7 @@ def count_flops(function: Callable[..., Any], *args: Any, platform: str | None =
     """FLOPs of the matrix multiplications in `function(*args)`, on all devices together.
 
     [m, k] times [k, n] counts 2 m k n. Elementwise work, reductions, sorts and gathers count nothing, as is the custom
-    in MFU, and neither do they where an einsum writes them as a dot_general. The jaxpr is counted as it is written: what
+    in MFU, not even where an einsum writes them as a dot_general. The jaxpr is counted as it is written: what
     `jax.checkpoint` computes again is in the number, and so is what XLA drops later because nobody reads it. (XLA's own
     `cost_analysis()` takes the body of a loop once, and a Pallas kernel for nothing.)
 
@@ -53,10 +53,10 @@ def _of_jaxpr(jaxpr: Jaxpr, platform: str) -> int:
 def _of_equation(equation: JaxprEqn, platform: str) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        return _of_matmul(equation, params["dimension_numbers"])
+        return _of_matmul(equation.invars[:2], params["dimension_numbers"])
     if name == "ragged_dot_general":
         numbers = params["ragged_dot_dimension_numbers"]
-        return _of_matmul(equation, numbers.dot_dimension_numbers, groups=numbers.rhs_group_dimensions)
+        return _of_matmul(equation.invars[:2], numbers.dot_dimension_numbers, groups=numbers.rhs_group_dimensions)
     inner = [_of_jaxpr(jaxpr, platform) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
         platforms = params.get("branches_platforms") or [()] * len(inner)
@@ -76,8 +76,8 @@ def _of_equation(equation: JaxprEqn, platform: str) -> int:
     return sum(inner)
 
 
-def _of_matmul(equation: JaxprEqn, numbers: Any, *, groups: tuple[int, ...] = ()) -> int:
-    left, right = (operand.aval.shape for operand in equation.invars[:2])
+def _of_matmul(operands: list[Any], numbers: Any, *, groups: tuple[int, ...] = ()) -> int:
+    left, right = (operand.aval.shape for operand in operands)
     (left_contracted, contracted), (_, batch) = numbers
     free = set(range(len(right))) - {*contracted, *batch, *groups}
     if not contracted or not (free or len(left) > len(left_contracted) + len(batch)):
