@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ladder import rungs
 from sami_jax.config import MeshConfig, from_dict
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model
 from sami_jax.model.huggingface import read_config
+from sami_jax.model.layers import rope_frequencies, rotate
+from sami_jax.model.moe import route
 from sami_jax.sampling import greedy
 from sami_jax.scoring import batch_widths, cell_logps, make_batch, response_logits, score_pairs
 from sami_jax.sharding import batch_sharding, make_mesh
@@ -65,6 +68,37 @@ def golden(request, tmp_path_factory) -> Golden:
         for number, query in enumerate(json.loads(str(says["queries"])))
     ]
     return Golden(says, make_model(config, remat="full"), load("weights/"), pairs, load)
+
+
+def test_rungs(golden):
+    """Norms, attention, MLP or experts of each layer, the layer, the final norm: each from torch's own input."""
+    ours = rungs(golden.model.config, golden.params, tokens=20)
+    theirs = {name.removeprefix("out/"): array for name, array in golden.says.items() if name.startswith("out/")}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        given = golden.says[f"in/{name}"]
+        assert np.abs(expected - given).max() > 0.1
+        # Of size 1 to 5, and a few dozen terms are summed in another order.
+        np.testing.assert_allclose(ours[name](jnp.asarray(given)), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_rope(golden):
+    x, positions = (jnp.asarray(golden.says[f"rope/{name}"]) for name in ("x", "positions"))
+    config = golden.model.config
+    frequencies = rope_frequencies(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+    # Angles reach 127 radians, where float32 is exact to 4e-6 (half a unit in the last place).
+    actual = rotate(x, positions.astype(jnp.int32), frequencies)
+    np.testing.assert_allclose(actual, golden.says["rope/turned"], rtol=0, atol=5e-5)
+    assert np.abs(actual - x).max() > 1
+
+
+@pytest.mark.parametrize("golden", ["mixtral"], indirect=True)
+def test_router(golden):
+    router = golden.params["blocks"]["mlp"]["router"][1]
+    chosen, shares = route(jnp.asarray(golden.says["router/x"]), router, k=golden.model.config.experts_per_token)
+    np.testing.assert_array_equal(chosen[0], golden.says["router/chosen"])
+    np.testing.assert_allclose(shares[0], golden.says["router/shares"], rtol=0, atol=1e-6)
+    assert set(golden.says["router/chosen"].ravel()) == set(range(golden.model.config.n_experts))
 
 
 def test_logits(golden):

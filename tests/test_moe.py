@@ -73,8 +73,18 @@ class TestMixedExperts:
         )
 
 
+class TestPlatforms:
+    @pytest.mark.parametrize("platform, ragged", [("tpu", True), ("cuda", False), ("rocm", False), ("cpu", False)])
+    def test_ragged_dot_is_taken_on_tpu_alone(self, platform, ragged):
+        x, chosen, shares = jnp.ones((1, 8, D)), jnp.zeros((1, 8, 2), jnp.int32), jnp.ones((1, 8, 2))
+        function = jax.jit(functools.partial(mixed_experts, mesh=None))
+        lowered = function.trace(x, chosen, shares, *weights()).lower(lowering_platforms=(platform,)).as_text()
+        assert ("ragged_dot" in lowered) == ragged
+        assert ("stablehlo.while" in lowered) != ragged  # the scan over blocks
+
+
 class TestBackEnds:
-    # Rows of each expert: even, with empty experts, all in the first, all in the last; 400 rows make blocks of 5.
+    # Rows of each expert: even, with empty experts, all in the first, all in the last; blocks have 16 rows.
     SIZES = [(80, 80, 80, 80, 80), (0, 399, 0, 1, 0), (400, 0, 0, 0, 0), (0, 0, 0, 0, 400), (3, 0, 0, 0, 0)]
 
     @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -1,10 +1,13 @@
 """Small random torch models of every family, for the goldens and the live comparisons; the only module with torch."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -59,3 +62,38 @@ def torch_model(family: str, *, seed: int = 404, **changes: Any) -> PreTrainedMo
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def seen(model: PreTrainedModel, names: Iterable[str], tokens: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Input and output of each named module while `model` reads tokens [B, T]."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def note(name: str, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        out = output[0] if isinstance(output, tuple) else output
+        found[name] = (given.numpy().copy(), out.numpy().copy())
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, kwargs, output, name=name: note(name, args, kwargs, output), with_kwargs=True
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(torch.tensor(tokens))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def turned(model: PreTrainedModel, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """x [B, T, N, H] with the model's rotary embedding at positions [B, T]."""
+    cos, sin = model.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
+    return apply_rotary_pos_emb(*[torch.tensor(x).transpose(1, 2)] * 2, cos, sin)[0].transpose(1, 2).numpy()
+
+
+def routed(model: PreTrainedModel, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The experts of each token of x [..., D], and their shares: [tokens, k] both."""
+    with torch.no_grad():
+        _, shares, chosen = model.model.layers[layer].mlp.gate(torch.tensor(x))
+    return chosen.numpy(), shares.numpy()

@@ -1,5 +1,7 @@
 """Mixtral's mixture of experts: each token goes to its best few, and none is dropped (Jiang et al. 2024)."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from sami_jax.sharding import BATCH_AXES
 from sami_jax.types import Array
 
 _MAX_BLOCK = 512  # rows: enough work per expert's weights read that the matmul, not the memory, is the limit
+_MIN_BLOCK = 16  # rows: below it reading the weights is the limit, and a few rows of zeros cost less than reading again
 
 
 class Experts(nnx.Module):
@@ -51,8 +54,25 @@ def route(x: Array, router: Array, *, k: int) -> tuple[Array, Array]:
     return chosen, shares / jnp.sum(shares, axis=-1, keepdims=True)
 
 
+def platform_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -> Array:
+    """The back-end of the platform that is compiled for: `ragged_mlp` on TPU, `blocked_mlp` elsewhere.
+
+    ragged_dot costs the ideal FLOPs on TPU; elsewhere XLA runs every row through every expert. benchmarks/moe_layer.py
+    measures it; on GPU nobody has yet.
+    """
+    return jax.lax.platform_dependent(rows, sizes, gate, up, down, tpu=ragged_mlp, default=blocked_mlp)
+
+
 def mixed_experts(
-    x: Array, chosen: Array, shares: Array, gate: Array, up: Array, down: Array, *, mesh: Mesh | None
+    x: Array,
+    chosen: Array,
+    shares: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    *,
+    mesh: Mesh | None,
+    mlp: Callable[..., Array] = platform_mlp,
 ) -> Array:
     """Sum over a token's experts of share * expert(token).
 
@@ -64,20 +84,21 @@ def mixed_experts(
       down: [E, F, D].
       mesh: devices to share the work: each sorts its own tokens. Over the "expert" axis tokens are gathered, each
         device runs the experts it holds, and the sums are scattered back; over "tensor" each has a part of F.
+      mlp: the back-end, with the arguments of `ragged_mlp`.
 
     Returns:
       [B, T, D].
     """
     chex.assert_rank([x, chosen, shares, gate, up, down], 3)
     if mesh is None or mesh.size == 1:
-        return _local_experts(x, chosen, shares, gate, up, down, first=jnp.zeros((), jnp.int32))
+        return _local_experts(x, chosen, shares, gate, up, down, first=jnp.zeros((), jnp.int32), mlp=mlp)
 
     def on_a_device(x: Array, chosen: Array, shares: Array, *weights: Array) -> Array:
         tokens = [jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, shares)]
         # From here on a copy is a device's own, and so is its gradient; the casts' transpose sums them up.
         tokens = [jax.lax.pcast(a, "tensor", to="varying") for a in tokens]
         own = [jax.lax.pcast(w, ("data", "fsdp"), to="varying") for w in weights]
-        mixed = _local_experts(*tokens, *own, first=jax.lax.axis_index("expert") * weights[0].shape[0])
+        mixed = _local_experts(*tokens, *own, first=jax.lax.axis_index("expert") * weights[0].shape[0], mlp=mlp)
         return jax.lax.psum_scatter(jax.lax.psum(mixed, "tensor"), "expert", scatter_dimension=0, tiled=True)
 
     tokens = PartitionSpec(BATCH_AXES)
@@ -87,7 +108,15 @@ def mixed_experts(
 
 
 def _local_experts(
-    x: Array, chosen: Array, shares: Array, gate: Array, up: Array, down: Array, *, first: Array
+    x: Array,
+    chosen: Array,
+    shares: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    *,
+    first: Array,
+    mlp: Callable[..., Array],
 ) -> Array:
     """`mixed_experts` of the experts first, first + 1, ... alone."""
     b, t, d = x.shape
@@ -98,8 +127,7 @@ def _local_experts(
     tokens = order // k
     sizes = jnp.bincount(experts, length=e).astype(jnp.int32)
     rows = x.reshape(b * t, d)[tokens]
-    # ragged_dot costs the ideal FLOPs on TPU; elsewhere XLA runs every row through every expert.
-    outs = jax.lax.platform_dependent(rows, sizes, gate, up, down, tpu=ragged_mlp, default=blocked_mlp)
+    outs = mlp(rows, sizes, gate, up, down)
     ours = jnp.arange(b * t * k) < jnp.sum(sizes)
     weighted = jnp.where(ours[:, None], outs.astype(jnp.float32) * shares.reshape(-1)[order][:, None], 0.0)
     return jnp.zeros((b * t, d), jnp.float32).at[tokens].add(weighted).astype(x.dtype).reshape(b, t, d)
@@ -125,9 +153,9 @@ def ragged_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -
 def blocked_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -> Array:
     """`ragged_mlp` in plain matmuls: every expert's rows are padded to whole blocks, and blocks are scanned.
 
-    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs; empty blocks
-    are skipped. The gradient is written out, since that of a scan adds an [E, D, F] array of mostly zeros for each
-    block; it keeps no activations.
+    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs (below 256 E rows
+    up to 15 rows an expert); empty blocks are skipped. The gradient is written out, since that of a scan adds an
+    [E, D, F] array of mostly zeros for each block; it keeps no activations.
     """
     blocks, expert_of_block, place = _blocks(rows, sizes)
 
@@ -181,7 +209,7 @@ def _blocks(rows: Array, sizes: Array) -> tuple[Array, Array, Array]:
     Blocks without rows have expert E, rows without expert a place behind the blocks.
     """
     (m, d), e = rows.shape, sizes.shape[0]
-    block = min(_MAX_BLOCK, max(1, m // (16 * e)))
+    block = min(_MAX_BLOCK, max(_MIN_BLOCK, m // (16 * e)))
     n_blocks = m // block + e
     blocks_of = -(-sizes // block)  # [E]
     first_block, first_row = jnp.cumsum(blocks_of) - blocks_of, jnp.cumsum(sizes) - sizes

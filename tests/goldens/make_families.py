@@ -18,7 +18,7 @@ import transformers
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from torch_models import torch_model  # noqa: E402
+from torch_models import routed, seen, torch_model, turned  # noqa: E402
 
 MADE = ("mistral", "llama3", "mixtral")
 C, N_QUERIES, QUERIES_PER_STEP, STEPS, GREEDY = 2, 5, 3, 4, 8
@@ -92,6 +92,22 @@ def named(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     }
 
 
+def ladder(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Input and output of each rung below the logits; of the rotary embedding, with positions up to 127."""
+    parts = ("", ".input_layernorm", ".self_attn", ".post_attention_layernorm", ".mlp")
+    names = [f"model.layers.{layer}{part}" for layer in range(2) for part in parts]
+    found = {}
+    for name, (given, out) in seen(model, [*names, "model.norm"], rng.integers(0, 64, (1, 20))).items():
+        found |= {f"in/{name}": given, f"out/{name}": out}
+    x, positions = rng.normal(size=(2, 5, 3, 8)).astype(np.float32), rng.integers(0, 128, (2, 5))
+    found |= {"rope/x": x, "rope/positions": positions, "rope/turned": turned(model, x, positions)}
+    if hasattr(model.config, "num_local_experts"):
+        x = rng.normal(size=(1, 100, 24)).astype(np.float32)
+        chosen, shares = routed(model, 1, x)
+        found |= {"router/x": x, "router/chosen": chosen, "router/shares": shares}
+    return found
+
+
 def goldens(family: str) -> dict[str, Any]:
     """Everything a family's file holds."""
     rng = np.random.default_rng(404)
@@ -113,6 +129,7 @@ def goldens(family: str) -> dict[str, Any]:
             "order": order,
         }
     found |= {f"weights/{name}": array for name, array in named(model.state_dict()).items()}
+    found |= ladder(model, rng)
     sami_loss(model, batches[0]).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     found |= {f"gradients/{name}": array for name, array in named(gradients).items()}

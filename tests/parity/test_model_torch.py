@@ -9,18 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
-from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
-from sami_jax.model.decoder import Block, Decoder, make_model
+from ladder import rungs
+from sami_jax.model.decoder import make_model
 from sami_jax.model.huggingface import read_config, save_finetuned
-from sami_jax.model.layers import rms_norm, rope_frequencies, rotate
+from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
-from sami_jax.types import Params
 from tiny_models import load_float32
-from torch_models import FAMILIES, torch_model
+from torch_models import FAMILIES, routed, seen, torch_model, turned
 
 # Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two
 # layers of sums in another order leave 4e-6.
@@ -59,30 +57,6 @@ def our_logits(folder: Path) -> np.ndarray:
     return np.asarray(make_model(config).score(load_float32(folder, config), tokens, at))
 
 
-def our_block(folder: Path, params: Params, layer: int) -> Block:
-    decoder = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(read_config(folder), nnx.Rngs(0)))), params)
-    graph, stacked = nnx.split(decoder.blocks)
-    return nnx.merge(graph, jax.tree.map(lambda x: x[layer], stacked))
-
-
-def seen(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Input and output of each named module while `model` reads TOKENS."""
-    found, hooks = {}, []
-
-    def note(module, args, kwargs, output, *, name):
-        given = args[0] if args else kwargs["hidden_states"]
-        out = output[0] if isinstance(output, tuple) else output
-        found[name] = (given.detach().numpy().copy(), out.detach().numpy().copy())
-
-    for name in names:
-        hook = functools.partial(note, name=name)
-        hooks.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    torch_logits(model)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 @pytest.mark.parametrize("family", ["mistral", "llama3"])
 def test_rope(family, tmp_path):
     model = torch_model(family)
@@ -90,12 +64,10 @@ def test_rope(family, tmp_path):
     config = read_config(tmp_path)
     rng = np.random.default_rng(0)
     x, positions = rng.normal(size=(2, 9, 3, 8)).astype(np.float32), rng.integers(0, 128, (2, 9))
-    cos, sin = model.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
-    expected, _ = apply_rotary_pos_emb(*[torch.tensor(x).transpose(1, 2)] * 2, cos, sin)
     frequencies = rope_frequencies(8, theta=config.rope_theta, scaling=config.rope_scaling)
     actual = rotate(jnp.asarray(x), jnp.asarray(positions, jnp.int32), frequencies)
     # Angles reach 127 radians, where float32 is exact to 4e-6 (half a unit in the last place).
-    np.testing.assert_allclose(actual, expected.transpose(1, 2), rtol=0, atol=5e-5)
+    np.testing.assert_allclose(actual, turned(model, x, positions), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "mixtral_window"])
@@ -105,36 +77,18 @@ def test_experts_are_chosen_alike(family, tmp_path):
     config = read_config(tmp_path)
     router = load_float32(tmp_path, config)["blocks"]["mlp"]["router"][0]
     x = np.random.default_rng(0).normal(size=(3, 200, 24)).astype(np.float32)
-    with torch.no_grad():
-        _, shares, chosen = model.model.layers[0].mlp.gate(torch.tensor(x))
     ours, our_shares = route(jnp.asarray(x), router, k=config.experts_per_token)
+    chosen, shares = routed(model, 0, x)
     np.testing.assert_array_equal(ours.reshape(600, -1), chosen)
     assert_close(our_shares.reshape(600, -1), shares)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_ladder(folder, theirs, layer):
+def test_ladder(folder, theirs):
     config = read_config(folder)
     params = jax.tree.map(jnp.asarray, load_float32(folder, config))
-    block = our_block(folder, params, layer)
-    prefix = f"model.layers.{layer}"
-    rungs = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-    found = seen(theirs, (*(f"{prefix}.{rung}" for rung in rungs), prefix, "model.norm"))
-    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape)
-    eps = config.norm_eps
-    ours = {
-        "input_layernorm": lambda x: rms_norm(x, block.attention_norm[...], eps=eps),
-        "self_attn": lambda x: block.attention(x, positions, None)[0],
-        "post_attention_layernorm": lambda x: rms_norm(x, block.mlp_norm[...], eps=eps),
-        "mlp": block.mlp,
-    }
-    for rung, function in ours.items():
-        given, expected = found[f"{prefix}.{rung}"]
-        assert_close(function(jnp.asarray(given)), expected, err_msg=rung)
-    given, expected = found[prefix]
-    assert_close(block(jnp.asarray(given), positions, None)[0], expected, err_msg="layer")
-    given, expected = found["model.norm"]
-    assert_close(rms_norm(jnp.asarray(given), params["final_norm"], eps=eps), expected, err_msg="final norm")
+    ours = rungs(config, params, tokens=TOKENS.shape[1])
+    for name, (given, expected) in seen(theirs, ours, TOKENS).items():
+        assert_close(ours[name](jnp.asarray(given)), expected, err_msg=name)
 
 
 def test_logits(folder, theirs):

@@ -21,9 +21,8 @@ from torch_models import torch_model
 
 STEPS, QUERIES_PER_STEP, N_PAIRS, SEED = 4, 4, 6, 3  # the second step crosses from one epoch into the next
 OPTIMIZERS = {
-    # The learning rates make every update visible: AdamW's first is lr, RMSprop's 10 x lr.
     "adamw": (1e-3, lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr)),
-    "rmsprop": (1e-4, lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr)),
+    "rmsprop": (1e-3, lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr)),
 }
 POSTS = (
     "My sister will not talk to me",
@@ -56,7 +55,11 @@ def prepared(request, tmp_path_factory) -> Prepared:
     tokens = write_tokenizer(folder, KINDS[request.param], bos=True).get_vocab_size()
     shape = {"vocab_size": tokens, "max_position_embeddings": 256, "initializer_range": 0.15}
     if request.param == "mistral":
-        shape["sliding_window"] = 16  # shorter than the prompts, yet long enough that two layers see the constitution
+        # Shorter than every prompt, yet long enough that two layers see the constitution. At 16 they hardly do: the
+        # rows of a matrix agree to 1e-4, the gradient is a difference of nearly equal terms, and rounding decides:
+        # after four steps of RMSprop torch's float32 agrees with its own float64 in 97.7 % of the weights; at 24 in
+        # 99.96 %.
+        shape["sliding_window"] = 24
     torch_model(request.param, **shape).save_pretrained(folder)
     texts = []
     for query in range(N_PAIRS):
@@ -201,7 +204,7 @@ def test_four_steps(prepared, tmp_path, optimizer, normalize):
     assert agree >= 0.999
     # The checks can fail: no update at all, and losses that stand still.
     assert share_of_updates_that_agree(before, before, theirs.weights)[0] < 0.5
-    assert abs(theirs.losses[-1] - theirs.losses[0]) > 1e-2
+    assert np.ptp(theirs.losses) > 1e-2
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(prepared, tmp_path):

@@ -29,8 +29,10 @@ def test_mistral_7b_trains_on_sixteen_v5e():
     # Weights and two moments are 5.06 GiB, gradients 1.69; 11.92 in all when this was written, and no more.
     assert 6 * GIB < program.peak_bytes < 12.5 * GIB
     # 2 FLOPs a weight and token forward, once more when recomputed, 4 backward; the rest is attention.
-    layers = shape.n_layers * shape.embed_dim * (
-        2 * shape.n_heads * shape.head_dim + 2 * shape.n_kv_heads * shape.head_dim + 3 * shape.mlp_dim
+    layers = (
+        shape.n_layers
+        * shape.embed_dim
+        * (2 * shape.n_heads * shape.head_dim + 2 * shape.n_kv_heads * shape.head_dim + 3 * shape.mlp_dim)
     )
     tokens = 128 * 2 * 2 * 1024
     assert 1.0 < program.flops / (8 * layers * tokens) < 1.15
