@@ -11,13 +11,14 @@ EXTRAS ?=
 WORKERS ?= 2
 
 VENV := .venv
-# transformers imports torch wherever it finds it, and neither the demo nor the tests may lean on that.
+# transformers imports torch wherever it finds it, JAX the TPU compiler, and neither demo nor tests may lean on that.
 VENV_PARITY := .venv-parity
 
 comma := ,
 DEMO_SET := train$(if $(EXTRAS),$(comma)$(EXTRAS))
 PINS := setup.py constraints.txt
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# Whole files go to a worker; tests/conftest.py puts the slow ones first, so that none of them is left alone at the end.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Two makes at once take turns at installing, where the system has flock.
 LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv.lock)
 
@@ -33,7 +34,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity clean
+.PHONY: help demo test lint parity fit clean
 # -j is welcome, but pip must not run twice in one environment.
 .NOTPARALLEL:
 
@@ -44,7 +45,7 @@ demo: $(VENV)/.installed-$(DEMO_SET) ## Run SAMI in miniature, from pretraining 
 	$(VENV)/bin/sami run --config=configs/miniature.py --workdir=runs/miniature
 
 test: $(VENV)/.installed-train,test ## Run the tests (no GPU, no torch, no network).
-	$(VENV)/bin/python $(PYTEST) tests --ignore=tests/parity $(PYTEST_FLAGS)
+	$(VENV)/bin/python $(PYTEST) tests --ignore=tests/parity --ignore=tests/tpu $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-train,test,lint ## Check style and types.
 	$(VENV)/bin/ruff check .
@@ -53,6 +54,9 @@ lint: $(VENV)/.installed-train,test,lint ## Check style and types.
 
 parity: $(VENV_PARITY)/.installed-train,test,parity ## Compare the numbers with torch's.
 	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_FLAGS)
+
+fit: $(VENV_PARITY)/.installed-train,test,tpu ## Ask the TPU compiler whether runs compile and fit (Linux x86-64).
+	$(VENV_PARITY)/bin/python -m pytest tests/tpu $(PYTEST_FLAGS)
 
 clean: ## Remove the environments and caches; runs/ stays.
 	rm -rf $(VENV) $(VENV_PARITY) .venv.lock .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,5 +1,6 @@
 """Does a run fit: its programs compiled ahead of time, for devices one need not own, by their real compiler."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -50,10 +51,14 @@ def topology_devices(name: str) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
+    if jax.default_backend() != "tpu":  # else libtpu asks the network what TPU it is on, and complains at length
+        words = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+        for key, value in words.items():
+            os.environ.setdefault(key, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # of several kinds, by what is missing
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise BadConfigError(
             f"No TPU topology {name!r} ({reason}); name one such as v5e:4x4, and on Linux x86-64 "
             "`pip install sami-jax[tpu]` brings the compiler."

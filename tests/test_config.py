@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import textwrap
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from sami_jax.config import PRETRAINED, RunConfig, describe_fields, from_dict, load_config, to_dict
 from sami_jax.data import miniature
 from sami_jax.errors import BadConfigError
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.huggingface import read_config
 from sami_jax.pretraining import base_shape
-from sami_jax.sharding import make_mesh, param_shardings
+from sami_jax.sharding import AXES, make_mesh, param_shardings
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,9 +53,12 @@ class TestRefusals:
             ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each of the 4"),
             ({"train": {"steps": (2, 0, 6)}}, "train.steps is (2, 0, 6)"),
             (
-                {"train": {"queries_per_step": 12, "micro_batch_queries": 2}, "mesh": {"data": 2, "fsdp": 2}},
+                {
+                    "train": {"queries_per_step": 12, "micro_batch_queries": 2},
+                    "mesh": {"data": 2, "fsdp": 2, "expert": 2},
+                },
                 "train.queries_per_step is 12, which is no multiple of train.micro_batch_queries x mesh.data x "
-                "mesh.fsdp = 8",
+                "mesh.fsdp x mesh.expert = 16",
             ),
             (
                 {"train": {"over_responses_weight": 0.0, "over_constitutions_weight": 0}},
@@ -228,6 +234,25 @@ class TestConfigsOfTheRepository:
             shapes, axes = abstract_params(shape)
             param_shardings(make_mesh(config.mesh), shapes, axes)
             assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 1_500_000  # the miniature is for laptops
+
+    @pytest.mark.parametrize(
+        ("file", "weights"),
+        [
+            ("mistral_7b.py", 7_241_732_096),
+            ("mixtral_8x7b.py", 46_702_792_704),
+            ("llama3_70b.py", 70_553_706_496),
+        ],
+    )
+    def test_the_papers_models_have_their_published_size_and_fit_their_mesh(self, file, weights):
+        config = load_config(str(ROOT / "configs" / file))
+        shape = read_config(ROOT / "configs" / "models" / config.model)
+        shapes, axes = abstract_params(shape)
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == weights
+        mesh = AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES)
+        shardings = param_shardings(mesh, shapes, axes)
+        held = jax.tree.map(lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape)), shardings, shapes)
+        assert sum(jax.tree.leaves(held)) * mesh.size == weights
+        assert config.train.weights == "float32" and config.compute_dtype == "bfloat16"
 
     def test_an_unknown_variant_is_refused(self):
         with pytest.raises(BadConfigError, match="unknown variant 'smok'"):

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PYTEST = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -36,10 +37,11 @@ def make_output(*arguments: str) -> list[str]:
     ("target", "command"),
     [
         ("demo", ".venv/bin/sami run --config=configs/miniature.py --workdir=runs/miniature"),
-        ("test", ".venv/bin/python -m pytest -n 2 --dist loadfile tests --ignore=tests/parity "),
+        ("test", f".venv/bin/python {PYTEST} tests --ignore=tests/parity --ignore=tests/tpu "),
         ("lint", ".venv/bin/ruff format --check ."),
         ("lint", ".venv/bin/mypy"),
-        ("parity", ".venv-parity/bin/python -m pytest -n 2 --dist loadfile tests/parity "),
+        ("parity", f".venv-parity/bin/python {PYTEST} tests/parity "),
+        ("fit", ".venv-parity/bin/python -m pytest tests/tpu "),
     ],
 )
 def test_target_runs_the_promised_command(target: str, command: str):
@@ -53,4 +55,4 @@ def test_clean_keeps_the_runs():
 
 
 def test_help_lists_every_target():
-    assert [line.split()[1] for line in make_output()] == ["help", "demo", "test", "lint", "parity", "clean"]
+    assert [line.split()[1] for line in make_output()] == ["help", "demo", "test", "lint", "parity", "fit", "clean"]

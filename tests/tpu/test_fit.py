@@ -38,10 +38,16 @@ def test_mistral_7b_trains_on_sixteen_v5e():
     assert 1.0 < program.flops / (8 * layers * tokens) < 1.15
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("file", ["mistral_7b.py", "mixtral_8x7b.py", "llama3_70b.py"])
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(expert=2, tensor=2)], ids=["fsdp", "expert, tensor"])
-def test_every_program_of_every_family_compiles(file, mesh, compute_dtype):
+@pytest.mark.parametrize(
+    ("file", "mesh", "compute_dtype"),
+    [
+        ("llama3_70b.py", MeshConfig(data=2, fsdp=2), "bfloat16"),
+        ("mixtral_8x7b.py", MeshConfig(fsdp=4), "bfloat16"),
+        ("mixtral_8x7b.py", MeshConfig(expert=2, tensor=2), "float32"),
+    ],
+)
+def test_every_program_compiles(file, mesh, compute_dtype):
+    """The families' shapes made small; experts run as XLA's grouped matmul, which no other platform here compiles."""
     config = RunConfig(mesh=mesh, compute_dtype=compute_dtype, train=TrainConfig(queries_per_step=8, kl_beta=0.1))
     sizes = {"prompt_tokens": 96, "response_tokens": 32}
     programs = list(compile_programs(config, shape_of(file, **TINY), topology_devices("v5e:2x2"), **sizes))

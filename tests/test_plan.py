@@ -1,0 +1,57 @@
+"""Whether a run fits, with the compiler of the devices at hand; tests/tpu asks the TPU's."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from sami_jax.config import MeshConfig, RunConfig, SamplingConfig, TrainConfig
+from sami_jax.errors import BadConfigError
+from sami_jax.plan import Program, compile_programs
+from tiny_models import tiny_config
+
+SHAPE = tiny_config(vocab_size=256, n_layers=2, embed_dim=64, head_dim=16, n_heads=8, n_kv_heads=8, mlp_dim=512)
+
+
+def programs(shape=SHAPE, *, mesh=None, **train) -> dict[str, Program]:
+    config = RunConfig(
+        mesh=mesh or MeshConfig(),
+        train=TrainConfig(**{"queries_per_step": 8} | train),
+        sampling=SamplingConfig(max_new_tokens=8, chunk_queries=8),
+    )
+    found = compile_programs(config, shape, jax.devices(), prompt_tokens=12, response_tokens=4)
+    return {program.name: program for program in found}
+
+
+def test_every_program_of_a_run_is_compiled_and_shared_devices_hold_less():
+    one, eight = programs(micro_batch_queries=8), programs(mesh=MeshConfig(fsdp=8))
+    assert list(one) == list(eight) == ["train step", "prefill", "decode step"]
+    for name, program in one.items():
+        assert not program.refusal and program.compile_s > 0
+        assert program.flops == eight[name].flops > 0  # of all devices together
+        assert 0 < eight[name].peak_bytes < program.peak_bytes
+
+
+def test_flops_are_those_of_the_batch():
+    """Linear in layers and queries, which a count of a scan's body alone is not."""
+    shallow, deep = (programs(dataclasses.replace(SHAPE, n_layers=n), remat="none") for n in (1, 3))
+    tokens = 8 * 2 * 2 * 16
+    matmuls = 64 * 8 * 16 * 2 + 64 * 8 * 16 * 2 + 3 * 64 * 512
+    attention = 2 * 2 * 8 * 16 * 16  # scores and mixing, for each token
+    a_layer = 3 * tokens * (2 * matmuls + attention)
+    assert deep["train step"].flops - shallow["train step"].flops == 2 * a_layer
+
+
+def test_bfloat16_weights_and_no_reference_take_less():
+    sizes = [
+        programs(**changes)["train step"].peak_bytes
+        for changes in ({"kl_beta": 0.1}, {}, {"weights": "bfloat16_stochastic"})
+    ]
+    weights = 4 * 2 * (4 * 64 * 8 * 16 + 3 * 64 * 512)
+    assert sizes[0] > sizes[1] + 0.9 * weights
+    assert sizes[1] > sizes[2] + 1.2 * weights  # weights and two moments, each half as large
+
+
+def test_a_mesh_larger_than_the_devices_is_refused():
+    with pytest.raises(BadConfigError, match="fsdp=16 .* = 16 devices, but there are 8"):
+        programs(mesh=MeshConfig(fsdp=16), queries_per_step=16)
