@@ -152,8 +152,8 @@ def ragged_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -
 def blocked_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) -> Array:
     """`ragged_mlp` in plain matmuls: every expert's rows are padded to whole blocks, and blocks are scanned.
 
-    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs (below 256 E rows
-    up to 15 rows an expert); empty blocks are skipped. The gradient is written out, since that of a scan adds an
+    At most E blocks are not full, which with blocks of M / 16 E rows is a sixteenth of the ideal FLOPs (below 256 E
+    rows up to 15 rows an expert); empty blocks are skipped. The gradient is written out, since that of a scan adds an
     [E, D, F] array of mostly zeros for each block; it keeps no activations.
     """
     blocks, expert_of_block, place = _blocks(rows, sizes)
