@@ -14,3 +14,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A minute or more each, the longest first: handed out before the others, so that no worker is left alone with one.
+SLOW_FILES = ["test_iterations.py", "test_multiprocess.py", "test_sharding.py", "test_huggingface.py", "test_hub.py"]
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

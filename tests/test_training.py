@@ -209,6 +209,10 @@ class TestRounding:
         assert doubles.same_bits(round_to_dtypes(tree, tree, jax.random.key(0)), tree)
 
 
+def score_in_float32(params, tokens, at):
+    return doubles.score(jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens, at)
+
+
 class TestBfloat16Weights:
     """Every step shrinks every weight by a ten-thousandth: a 20th of the smallest change that bfloat16 rounds up."""
 
@@ -218,10 +222,7 @@ class TestBfloat16Weights:
     def trained(self, weights: str, *, seed: int = 0, start=None, steps: int = STEPS):
         settings = config(weights=weights, learning_rate=1e-2, weight_decay=1e-2)
 
-        def score(params, tokens, at):
-            return doubles.score(jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens, at)
-
-        train_step = make_train_step(score, settings, seed=seed)
+        train_step = make_train_step(score_in_float32, settings, seed=seed)
         rng = np.random.default_rng(0)
         tables = {name: jnp.asarray(rng.uniform(0.1, 0.5, (40, 40)), jnp.bfloat16) for name in ("context", "last")}
         params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), tables)

@@ -28,14 +28,16 @@ def test_mistral_7b_trains_on_sixteen_v5e():
     assert program.peak_bytes is not None, program.refusal
     # Weights and two moments are 5.06 GiB, gradients 1.69; 11.92 in all when this was written, and no more.
     assert 6 * GIB < program.peak_bytes < 12.5 * GIB
-    # 2 FLOPs a weight and token forward, once more when recomputed, 4 backward; the rest is attention.
+    # 2 FLOPs a weight and token forward, once more when recomputed (but a layer's last matmul), 4 backward; the rest
+    # is attention and head.
     layers = (
         shape.n_layers
         * shape.embed_dim
         * (2 * shape.n_heads * shape.head_dim + 2 * shape.n_kv_heads * shape.head_dim + 3 * shape.mlp_dim)
     )
+    last = shape.n_layers * shape.mlp_dim * shape.embed_dim
     tokens = 128 * 2 * 2 * 1024
-    assert 1.0 < program.flops / (8 * layers * tokens) < 1.15
+    assert 1.0 < program.flops / ((8 * layers - 2 * last) * tokens) < 1.1
 
 
 @pytest.mark.parametrize(
