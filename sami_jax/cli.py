@@ -92,7 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "greedy responses to prompts: JSON lines in, JSON lines out",
         "sami generate --model=DIR --prompts=prompts.jsonl --out=responses.jsonl --config.sampling.max_new_tokens=100",
         _generate,
-        ("sampling.", "mesh."),
+        ("sampling.", "compute_dtype", "mesh."),
     )
     _add_model(generate)
     generate.add_argument("--prompts", required=True, type=Path, help='JSON lines, each an object with "prompt"')
@@ -114,6 +114,8 @@ def _build_parser() -> argparse.ArgumentParser:
             "train.over_constitutions_weight",
             "train.micro_batch_queries",
             "train.round_tokens_to",
+            "prompts.boundary",
+            "compute_dtype",
             "mesh.",
         ),
     )
@@ -132,7 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "sami train --model=DIR --pairs=pairs.json --out=trained --config.train.steps='(4,)' "
         "--config.train.learning_rate=5e-7 --config.train.queries_per_step=128",
         _train,
-        ("seed", "train.", "mesh."),
+        ("seed", "train.", "prompts.boundary", "compute_dtype", "mesh."),
     )
     _add_model(train)
     train.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.run_directory import read_json
-from sami_jax.types import Dtype, Normalize, Remat
+from sami_jax.types import Boundary, Dtype, Normalize, Remat
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes
 
@@ -91,12 +91,36 @@ class PromptsConfig:
 
     generation: str = _setting("{constitution}\n\n{query}\n\n", "prompt the model samples from")
     training: str = _setting("{constitution}\n\n{query}\n\n", "prompt it is trained and scored on")
+    boundary: Boundary = _setting(
+        "exact",
+        "where a response begins; exact: as it was sampled, so both prompts must end in the same white space; authors: "
+        "the training prompt and the response are tokenised as one text, without a space between them",
+        choices=("exact", "authors"),
+    )
 
     def __post_init__(self) -> None:
-        for name, template in to_dict(self).items():
-            for place in ("{constitution}", "{query}"):
+        templates = {"generation": self.generation, "training": self.training}
+        for name, template in templates.items():
+            for place in _PLACES:
                 if template.count(place) != 1:
                     raise BadConfigError(f"config.prompts.{name} must contain {place} exactly once.")
+        generation, training = map(_ending, templates.values())
+        if self.boundary == "exact" and generation != training:
+            raise BadConfigError(
+                f"config.prompts.generation ends in {generation!r}, but config.prompts.training in {training!r}: the "
+                "model would be trained on a boundary that it never sampled. End both alike, or set "
+                "config.prompts.boundary=authors."
+            )
+
+
+_PLACES = ("{constitution}", "{query}")
+
+
+def _ending(template: str) -> str:
+    """The template's last white space, with the place before it if one stands there, since its text may end in more."""
+    text = template.rstrip()
+    place = next((place for place in _PLACES if text.endswith(place)), "")
+    return place + template[len(text) :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,9 +62,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     out = out.absolute()
     folder = out.with_name(out.name + ".training")
     read_config(model)
-    train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
-    inputs: list[Any] = [config.seed, train, to_dict(config.mesh), stages.folder_hash(model)]
-    inputs.append(run_directory.file_hash(pairs))
+    inputs = [*_training_inputs(config), stages.folder_hash(model), run_directory.file_hash(pairs)]
     card = stages.model_card(config, 1, base=model_name(model))
     with run_directory.locked(folder), stop_on_signal() as safe_point:
         trained = run_directory.sealed(folder, inputs=inputs) is not None
@@ -182,18 +180,11 @@ class _Run:
 
     def _train(self, iteration: int, base_hash: str, sampled: str) -> str:
         folder = self._folder(iteration)
-        train = {k: v for k, v in to_dict(self.config.train).items() if k != "checkpoint_every"}
-        inputs = {
-            "stage": "train",
-            "iteration": iteration,
-            "seed": self.config.seed,
-            "base": base_hash,
-            "sample": sampled,
-        }
+        inputs = {"stage": "train", "iteration": iteration, "base": base_hash, "sample": sampled}
         return self._stage(
             "train",
             iteration,
-            inputs | {"settings": train, "mesh": to_dict(self.config.mesh)},
+            inputs | {"settings": _training_inputs(self.config)},
             stages.train_stage,
             base=self.base,
             pairs=folder / "sample" / "pairs.json",
@@ -250,8 +241,15 @@ def _shared_inputs(config: RunConfig, stage: str, iteration: int) -> dict[str, A
         "iteration": iteration,
         "seed": config.seed,
         "constitutions": [constitutions, principles],
+        "compute_dtype": config.compute_dtype,
         "mesh": to_dict(config.mesh),
     }
+
+
+def _training_inputs(config: RunConfig) -> list[Any]:
+    """The settings that trained weights depend on. How often they are saved is none of them."""
+    train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
+    return [config.seed, train, config.prompts.boundary, config.compute_dtype, to_dict(config.mesh)]
 
 
 def _evaluation_inputs(
@@ -264,7 +262,8 @@ def _evaluation_inputs(
         "base": base,
         "baseline": baseline,
         "queries": [run_directory.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
-        "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation), c.train.normalize],
+        "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation)],
+        "scoring": [c.train.normalize, c.train.micro_batch_queries, c.train.round_tokens_to, c.train.remat],
     }
 
 
@@ -320,6 +319,8 @@ def _with_files(config: RunConfig) -> RunConfig:
             if not Path(name).is_file():
                 raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
             (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
+    if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
+        stages.evaluation_tasks(config)
     return config
 
 

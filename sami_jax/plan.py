@@ -14,7 +14,7 @@ from sami_jax.errors import BadConfigError
 from sami_jax.flops import count_flops
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import make_model, sharded_params
-from sami_jax.sharding import batch_sharding, batch_shards, make_mesh
+from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, shared_rows
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
 from sami_jax.types import Array, ContrastiveBatch
 
@@ -110,9 +110,8 @@ def compile_programs(
     if not {"prefill", "decode step"} & set(names):
         return
     params = sharded_params(shape, mesh, config.compute_dtype)
-    asked = config.sampling.chunk_queries * count
-    shared = asked % batch_shards(mesh) == 0  # as stages.respond has it
-    split = batch_sharding(mesh).spec if shared else PartitionSpec()
+    asked = shared_rows(config.sampling.chunk_queries * count, mesh)
+    split = batch_sharding(mesh).spec
     tokens, lengths = rows(split, jnp.int32, asked, prompt_tokens), rows(split, jnp.int32, asked)
     cache_length = prompt_tokens + config.sampling.max_new_tokens
     prefill = jax.jit(lambda params, tokens, lengths: model.decode.prefill(params, tokens, lengths, cache_length))

@@ -67,6 +67,7 @@ def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Pa
         with run_directory.locked(folder):
             if run_directory.sealed(folder, inputs=inputs) is None:
                 _make(config, folder, safe_point)
+    run_directory.check_sealed(folder)
     # Only behind the seal: a kill before it would repeat all steps. Also what a kill in the middle of this line left.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder

@@ -6,6 +6,7 @@ the size and SHA-256 of its outputs. Stages are pure in (inputs, seed), so a kil
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -137,26 +138,47 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads one JSON value. Raises BadDataError naming the file, and the line where it stops being JSON."""
+    """Reads one JSON value.
+
+    Raises:
+      BadDataError: the file, and the line where it stops being JSON, or the key that stands twice in an object.
+    """
     with _readable(path):
         text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise BadDataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except _DuplicateKey as error:
+        raise BadDataError(f"{path}: {error}") from error
+
+
+class _DuplicateKey(Exception):
+    """An object of a JSON text has a key twice; json would keep the last in silence."""
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(items)
+    if len(value) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in value if keys.count(key) > 1)
+        raise _DuplicateKey(f"the key {twice!r} stands twice in one object; remove or rename one of the two.")
+    return value
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value a line; empty lines are skipped. Raises BadDataError naming file and line."""
+    """Reads one JSON value a line; empty lines are skipped. Raises BadDataError as `read_json`, naming the line."""
     records = []
     with _readable(path):
         lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                records.append(json.loads(line, object_pairs_hook=_unique))
             except json.JSONDecodeError as error:
                 raise BadDataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+            except _DuplicateKey as error:
+                raise BadDataError(f"{path}, line {number}: {error}") from error
     return records
 
 
@@ -211,7 +233,7 @@ def sealed(folder: Path, *, inputs: Any) -> str | None:
 
     Raises:
       BadConfigError: the stage was sealed for other inputs.
-      BadDataError: an output is missing or has another size.
+      BadDataError: an output is missing, has another size, or was changed after the seal.
     """
     if not (folder / DONE).exists():
         return None
@@ -222,13 +244,60 @@ def sealed(folder: Path, *, inputs: Any) -> str | None:
 
 
 def read_done(folder: Path) -> dict[str, Any]:
-    """DONE.json of a complete stage. Raises BadDataError where there is none, or an output is missing or cut."""
+    """DONE.json of a complete stage.
+
+    Raises:
+      BadDataError: there is none, or an output is missing, cut, or was changed after the seal.
+    """
     done = read_json(folder / DONE)
+    sealed_ns = (folder / DONE).stat().st_mtime_ns
     for output in done["outputs"]:
         path = folder / output["path"]
         if not path.is_file() or path.stat().st_size != output["bytes"]:
             raise BadDataError(f"{path} is missing or has changed its size; delete {folder} to have it made anew.")
+        if path.stat().st_mtime_ns >= sealed_ns:
+            _check_bytes(folder, output)
     return done
+
+
+def check_sealed(path: Path) -> None:
+    """Refuses what a stage sealed and what has other bytes now; for whoever is about to use it.
+
+    The bytes are hashed once in a process, and again only where a file's size or time has changed.
+
+    Args:
+      path: a file, or a folder with all that is in it; the seal is there or in the folder above. What has no seal is
+        not looked at.
+
+    Raises:
+      BadDataError: the file, and the remedy.
+    """
+    path = path.absolute()
+    for folder in (path, path.parent):
+        if (folder / DONE).is_file() and _is_seal(read_json(folder / DONE)):
+            for output in read_done(folder)["outputs"]:
+                file = folder / output["path"]
+                if path == file or path in file.parents:
+                    _check_bytes(folder, output)
+
+
+def _is_seal(value: Any) -> bool:
+    return isinstance(value, dict) and {"inputs_sha256", "outputs", "fingerprint"} <= value.keys()
+
+
+def _check_bytes(folder: Path, output: dict[str, Any]) -> None:
+    path = folder / output["path"]
+    state = path.stat()
+    if _hash_in_state(path, state.st_size, state.st_mtime_ns) != output["sha256"]:
+        raise BadDataError(
+            f"{path} has other bytes than {folder / DONE} sealed. Bring it back from a copy, or delete {folder} to "
+            f"have it made anew; in a copy of your own that you have changed, delete {DONE}."
+        )
+
+
+@functools.lru_cache(maxsize=65536)
+def _hash_in_state(path: Path, size: int, modified_ns: int) -> str:
+    return file_hash(path)
 
 
 def _other_inputs(folder: Path) -> BadConfigError:

@@ -1,5 +1,6 @@
 """Greedy sampling over any DecodeFn: prefill, then one jitted loop until every row has stopped."""
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sharding import gather, padded_size, place
 from sami_jax.types import Array, DecodeFn, Params
+
+_PIECES = 3  # tokens that may have to follow a piece of a character, which has up to four bytes
 
 
 class Samples(NamedTuple):
@@ -34,7 +37,7 @@ class Response:
     """A sampled continuation, cut at the first stop marker.
 
     Attributes:
-      text: without white space around it.
+      text: what the tokenizer decodes `ids` to, without white space around it.
       ids: its tokens.
       finished: a stop token or marker ended it, not the token limit.
     """
@@ -84,37 +87,69 @@ def greedy(
     return jax.lax.while_loop(unfinished, emit, start)[3]
 
 
-def stop_tokens(tokenizer: Tokenizer, markers: Sequence[str], *, vocab_size: int) -> np.ndarray:
-    """[V] bool: end of sequence, and tokens whose own text holds a marker.
+class Stops(NamedTuple):
+    """What ends a response.
 
-    A marker spread over several tokens does not stop the loop; `cut_response` finds it afterwards all the same.
+    Attributes:
+      end_ids: tokens that end a text; none of them is part of it.
+      markers: texts that end a response, wherever they stand in it; what follows is cut.
+      mask: [V] bool, True = a row ends with this token: an end token, or one whose own text holds a marker. A marker
+        spread over several tokens does not stop the loop; `cut_response` finds it afterwards all the same.
     """
+
+    end_ids: frozenset[int]
+    markers: tuple[str, ...]
+    mask: np.ndarray
+
+
+@functools.lru_cache(maxsize=8)  # decoding a vocabulary takes a second
+def make_stops(tokenizer: Tokenizer, *, end_ids: frozenset[int], markers: tuple[str, ...], vocab_size: int) -> Stops:
+    """The stops of a model with V tokens, whose end tokens are all below V."""
     mask = np.zeros(vocab_size, bool)
-    if tokenizer.eos_id is not None:
-        mask[tokenizer.eos_id] = True
-    for token, text in enumerate(tokenizer.token_texts()[:vocab_size]):
+    mask[list(end_ids)] = True
+    for token, text in enumerate(tokenizer.token_texts[:vocab_size]):
         mask[token] |= any(marker in text for marker in markers)
-    return mask
+    mask.setflags(write=False)
+    return Stops(end_ids, markers, mask)
 
 
-def cut_response(ids: Sequence[int], tokenizer: Tokenizer, markers: Sequence[str], *, stopped: bool) -> Response:
-    """The response in a row's tokens: up to end of sequence or the first marker, white space at its end removed.
+def cut_response(ids: Sequence[int], tokenizer: Tokenizer, stops: Stops, *, stopped: bool) -> Response:
+    """The response in a row's tokens: up to an end token or the first marker, white space at its end removed.
 
-    Where the cut falls inside a token, the piece that stays is tokenised anew.
+    A special token counts as the text of its name, so that it may be a marker. Where the cut falls inside a token, the
+    piece that stays is tokenised anew, or dropped in the rare case that no ids spell it.
     """
     ids = list(ids)
-    if ids and ids[-1] == tokenizer.eos_id:
+    if ids and ids[-1] in stops.end_ids:
         ids.pop()
-    text = tokenizer.decode(ids)
-    end = min((text.index(marker) for marker in markers if marker in text), default=len(text))
+    text = tokenizer.spell(ids)
+    end = min((text.index(marker) for marker in stops.markers if marker in text), default=len(text))
     kept = text[:end].rstrip()
     if kept != text:
-        count = len(ids)
-        while not kept.startswith(tokenizer.decode(ids[:count])):
-            count -= 1
-        rest = kept[len(tokenizer.decode(ids[:count])) :]
-        ids = ids[:count] + tokenizer.response_ids(rest, prompt=":" if rest[:1].isspace() else " ")
-    return Response(kept.strip(), tuple(ids), stopped or end < len(text))
+        count = _tokens_inside(ids, kept, tokenizer)
+        rest = kept[len(tokenizer.spell(ids[:count])) :]
+        ids = ids[:count] + (tokenizer.continuation_ids(rest, behind=ids[:count]) or [])
+    shown = tokenizer.decode(ids).strip()
+    return Response(shown, tuple(ids) if shown else (), stopped or end < len(text))
+
+
+def _tokens_inside(ids: list[int], kept: str, tokenizer: Tokenizer) -> int:
+    """How many of the ids, from the first on, spell a beginning of the text that is kept."""
+
+    def length(count: int) -> int:
+        """Characters up to the end of the one that token `count` is a piece of: unlike others, it never falls."""
+        text = ""
+        for end in range(count, min(count + _PIECES, len(ids)) + 1):
+            text = tokenizer.spell(ids[:end])
+            if not text.endswith("\ufffd"):
+                break
+        return len(text)
+
+    count = bisect.bisect_right(range(len(ids) + 1), len(kept), key=length) - 1
+    count = min(count + _PIECES, len(ids))  # pieces that never become a character are U+FFFD in the text as well
+    while not kept.startswith(tokenizer.spell(ids[:count])):
+        count -= 1
+    return count
 
 
 def sample_responses(
@@ -123,8 +158,7 @@ def sample_responses(
     prompts: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     *,
-    stop_mask: np.ndarray,
-    markers: Sequence[str],
+    stops: Stops,
     max_new_tokens: int,
     rows: int,
     round_to: int,
@@ -137,8 +171,7 @@ def sample_responses(
       params: its parameters.
       prompts: token ids, each at least one.
       tokenizer: turns ids to text.
-      stop_mask: [V] bool, of `stop_tokens`.
-      markers: texts that end a response.
+      stops: what ends a response, of `make_stops`.
       max_new_tokens: longest response.
       rows: rows of the compiled batch; `prompts` has at most so many, the rest repeats the first.
       round_to: prompt width is padded to a multiple of this, a long one more coarsely (`padded_size`).
@@ -151,10 +184,10 @@ def sample_responses(
         tokens[row, : len(ids)] = ids
     lengths = np.array([len(ids) for ids in padded], np.int32)
     placed = place((tokens, lengths), sharding)
-    samples = gather(greedy(decode, params, *placed, stop_mask, max_new_tokens=max_new_tokens))
+    samples = gather(greedy(decode, params, *placed, stops.mask, max_new_tokens=max_new_tokens))
     return [
         cut_response(
-            samples.tokens[row, : samples.lengths[row]].tolist(), tokenizer, markers, stopped=bool(samples.stopped[row])
+            samples.tokens[row, : samples.lengths[row]].tolist(), tokenizer, stops, stopped=bool(samples.stopped[row])
         )
         for row in range(len(prompts))
     ]

@@ -51,6 +51,12 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def shared_rows(rows: int, mesh: Mesh) -> int:
+    """The least number of rows from `rows` on that the mesh shares evenly."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
 def padded_size(size: int, multiple: int) -> int:
     """`size` rounded up to a multiple of `multiple`, so that few shapes compile.
 

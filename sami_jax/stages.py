@@ -15,7 +15,7 @@ import numpy as np
 
 from sami_jax import run_directory
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import RunConfig, SamplingConfig, TrainConfig
+from sami_jax.config import PromptsConfig, RunConfig, SamplingConfig, TrainConfig
 from sami_jax.data.constitutions import Constitution, draw_constitutions
 from sami_jax.data.filters import REASONS, drop_reason
 from sami_jax.data.pairs import Pair, read_pairs, write_pairs
@@ -24,17 +24,25 @@ from sami_jax.data.prompts import render
 from sami_jax.data.queries import Query, alternating_half, read_queries
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
-from sami_jax.evaluation.judges import get_judge
+from sami_jax.evaluation.judges import check_judged, get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model, sharded_params
-from sami_jax.model.huggingface import SETTINGS_FILES, find_weights, load_params, read_config, save_finetuned
-from sami_jax.processes import agreed
+from sami_jax.model.huggingface import load_params, model_files, read_config, read_end_ids, save_finetuned
+from sami_jax.processes import agreed, writes
 from sami_jax.progress import Progress
-from sami_jax.sampling import Response, sample_responses, stop_tokens
+from sami_jax.sampling import Response, make_stops, sample_responses
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.seeds import generator
-from sami_jax.sharding import batch_sharding, batch_shards, gather, make_mesh, micro_batch_sharding, place, replicated
+from sami_jax.sharding import (
+    batch_sharding,
+    batch_shards,
+    gather,
+    make_mesh,
+    micro_batch_sharding,
+    place,
+    shared_rows,
+)
 from sami_jax.training import (
     abstract_state,
     init_state,
@@ -42,6 +50,7 @@ from sami_jax.training import (
     make_train_step,
     micro_batches,
     nonfinite_examples,
+    pairs_needed,
     query_indices,
 )
 from sami_jax.types import Dtype, Params, TrainState
@@ -58,12 +67,14 @@ class OpenModel:
       folder: where it is.
       model: the pure functions.
       tokenizer: text to ids.
+      end_ids: tokens that end a text: the tokenizer's own, and those of config.json and generation_config.json.
       mesh: the devices.
     """
 
     folder: Path
     model: Model
     tokenizer: Tokenizer
+    end_ids: frozenset[int]
     mesh: jax.sharding.Mesh
 
     @agreed()
@@ -100,16 +111,27 @@ class Task:
 def open_model(folder: Path, config: RunConfig) -> OpenModel:
     """A Hugging Face folder's model for the config's mesh. Raises BadDataError where it cannot be used."""
     shape = read_config(folder)
+    if writes():  # one process for all: the bytes are the same, and reading them may take minutes
+        run_directory.check_sealed(folder)
     mesh = make_mesh(config.mesh)
     model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
-    return OpenModel(folder, model, load_tokenizer(folder), mesh)
+    tokenizer = load_tokenizer(folder)
+    end_ids = read_end_ids(folder, shape)
+    if tokenizer.eos_id is not None:
+        if tokenizer.eos_id >= shape.vocab_size:
+            raise BadDataError(
+                f"{folder}: the tokenizer's end token has the id {tokenizer.eos_id}, beyond the model's vocabulary of "
+                f"{shape.vocab_size}; the tokenizer and the weights do not belong together."
+            )
+        end_ids |= {tokenizer.eos_id}
+    return OpenModel(folder, model, tokenizer, end_ids, mesh)
 
 
-def load_model(folder: Path, config: RunConfig, *, dtype: Dtype | None = None) -> LoadedModel:
-    """`open_model`, and its weights in memory: in the dtype they are computed in, or in another one."""
+def load_model(folder: Path, config: RunConfig) -> LoadedModel:
+    """`open_model`, and its weights in memory, in the dtype they are computed in."""
     opened = open_model(folder, config)
-    params = opened.load(dtype or config.compute_dtype)
-    return LoadedModel(opened.folder, opened.model, opened.tokenizer, opened.mesh, params)
+    params = opened.load(config.compute_dtype)
+    return LoadedModel(opened.folder, opened.model, opened.tokenizer, opened.end_ids, opened.mesh, params)
 
 
 def folder_hash(folder: Path) -> str:
@@ -120,8 +142,7 @@ def folder_hash(folder: Path) -> str:
     Raises:
       BadDataError: its weights are missing.
     """
-    files = sorted(name for name in (*SETTINGS_FILES, *find_weights(folder)) if (folder / name).is_file())
-    return run_directory.content_hash([[name, run_directory.file_hash(folder / name)] for name in files])
+    return run_directory.content_hash([[name, run_directory.file_hash(folder / name)] for name in model_files(folder)])
 
 
 def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
@@ -145,10 +166,19 @@ def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingC
 
 
 def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig, *, rows: int) -> list[Response]:
-    """Greedy responses to prompt texts, in batches of `rows`. Raises BadDataError as `check_prompts` does."""
+    """Greedy responses to prompt texts, in batches of `rows`, or as many more as the mesh can share evenly.
+
+    Raises:
+      BadDataError: as `check_prompts` does.
+    """
     ids = check_prompts(loaded, prompts, config)
-    mask = stop_tokens(loaded.tokenizer, config.stop, vocab_size=loaded.model.config.vocab_size)
-    shared = rows % batch_shards(loaded.mesh) == 0
+    stops = make_stops(
+        loaded.tokenizer,
+        end_ids=loaded.end_ids,
+        markers=config.stop,
+        vocab_size=loaded.model.config.vocab_size,
+    )
+    rows = shared_rows(rows, loaded.mesh)
     responses = []
     for start in range(0, len(ids), rows):
         responses += sample_responses(
@@ -156,12 +186,11 @@ def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig,
             loaded.params,
             ids[start : start + rows],
             loaded.tokenizer,
-            stop_mask=mask,
-            markers=config.stop,
+            stops=stops,
             max_new_tokens=config.max_new_tokens,
             rows=rows,
             round_to=config.round_prompt_tokens_to,
-            sharding=batch_sharding(loaded.mesh) if shared else replicated(loaded.mesh),
+            sharding=batch_sharding(loaded.mesh),
         )
     return responses
 
@@ -179,7 +208,13 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
     """
     loaded = load_model(model, config)
     shape = loaded.model.config
-    data = read_pairs(pairs, loaded.tokenizer, max_positions=shape.max_positions, vocab_size=shape.vocab_size)
+    data = read_pairs(
+        pairs,
+        loaded.tokenizer,
+        boundary=config.prompts.boundary,
+        max_positions=shape.max_positions,
+        vocab_size=shape.vocab_size,
+    )
     matrices = score_all(loaded, loaded.params, data, config, progress=Progress("scoring", len(data), unit="queries"))
     bad = [pair.example_id for pair, logps in zip(data, matrices, strict=True) if not np.isfinite(logps).all()]
     if bad:
@@ -236,7 +271,7 @@ def sample_stage(
     queries = alternating_half(read_queries(Path(config.queries.train)), iteration)
     run_directory.begin(out, inputs=inputs)
     order = generator(config.seed, "sample", iteration).permutation(len(queries))
-    needed = math.ceil(config.train.steps[iteration - 1] * config.train.queries_per_step / config.train.passes)
+    needed = pairs_needed(config.train, iteration)
     loaded = load_model(model, config)
     kept: list[Pair] = []
     rejects: list[dict[str, Any]] = []
@@ -298,6 +333,7 @@ def train_stage(
       The stage's fingerprint.
 
     Raises:
+      BadDataError: model or pairs cannot be used, or there are fewer pairs than the steps need.
       NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
     """
     train = config.train
@@ -306,7 +342,21 @@ def train_stage(
     steps, size = train.steps[iteration - 1], train.queries_per_step
     eos_id = opened.tokenizer.end_id() if train.train_eos else None
     room = shape.max_positions - train.train_eos
-    data = read_pairs(pairs, opened.tokenizer, max_positions=room, vocab_size=shape.vocab_size)
+    data = read_pairs(
+        pairs,
+        opened.tokenizer,
+        boundary=config.prompts.boundary,
+        max_positions=room,
+        vocab_size=shape.vocab_size,
+    )
+    needed, passes = pairs_needed(train, iteration), steps * size / len(data)
+    if len(data) < needed:
+        raise BadDataError(
+            f"{pairs} holds {len(data)} pairs, but {steps} steps of {size} queries need {needed}: each pair would be "
+            f"used {passes:.1f} times, more than config.train.passes={train.passes:g}. Give more pairs, lower "
+            "config.train.steps or config.train.queries_per_step, or set "
+            f"config.train.passes={math.ceil(100 * passes) / 100:g}."
+        )
     # Before anything is written, so that weights that are refused leave nothing behind.
     fresh = None if (out / "checkpoints").is_dir() else fresh_state(opened, train)
     reference = opened.load(config.compute_dtype) if train.kl_beta > 0 else None
@@ -323,7 +373,6 @@ def train_stage(
     with Checkpoints(out / "checkpoints") as checkpoints:
         state = fresh or checkpoints.restore_latest(opened.state(train)) or fresh_state(opened, train)
         first = int(state.step)
-        passes = f"{len(data)} pairs, {steps * size / len(data):.1f} passes"
         progress = Progress(f"iteration {iteration}: training", steps, unit="steps", done=first, log_every_s=5.0)
         for step in range(first, steps):
             started = time.monotonic()
@@ -341,8 +390,8 @@ def train_stage(
             scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
             seconds = time.monotonic() - started
             log({"iteration": iteration, "stage": "train", "step": step + 1, **scalars, "step_time_s": seconds})
-            note = f"{passes}, loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats"
-            progress.update(step + 1, note)
+            note = f"loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats"
+            progress.update(step + 1, f"{len(data)} pairs, {passes:.1f} passes, {note}")
             if (step + 1) % train.checkpoint_every == 0 or step + 1 == steps:
                 checkpoints.save(state)
                 safe_point()
@@ -407,18 +456,33 @@ def convert(config: RunConfig, *, model: Path, out: Path, dtype: str, verify: bo
       NonFiniteError: a weight is not finite in `dtype`.
       SaveFailedError: the disk is full or not writable, or `out` gives other logits than the rounded weights do.
     """
-    loaded = load_model(model, config, dtype="float32")
+    config = dataclasses.replace(config, compute_dtype="float32")  # bfloat16 would round differences away
+    loaded = load_model(model, config)
     card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
     save_finetuned(out, loaded.params, loaded.model.config, dtype=dtype, source=model, card=card)
-    if not verify:
-        return
+    if verify:
+        _verify(out, loaded, config, dtype=dtype)
+
+
+def _verify(out: Path, loaded: LoadedModel, config: RunConfig, *, dtype: str) -> None:
+    """Loads a written model folder and compares its logits with those of the weights it was written from.
+
+    Args:
+      out: the written folder.
+      loaded: the float32 weights.
+      config: whose mesh is used.
+      dtype: what they were rounded to.
+
+    Raises:
+      SaveFailedError: the logits of random tokens are others.
+    """
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), loaded.params)
     shape = (batch_shards(loaded.mesh), min(64, loaded.model.config.max_positions))
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, shape).astype(np.int32)
     at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     placed = place((tokens, at), batch_sharding(loaded.mesh))
     score = jax.jit(loaded.model.score)
-    written = load_model(out, config, dtype="float32").params
+    written = load_model(out, config).params
     before, after = (gather(score(params, *placed)) for params in (rounded, written))
     if not np.array_equal(before, after):
         raise SaveFailedError(
@@ -500,6 +564,7 @@ def evaluate_stage(
 
 def _read_baseline(folder: Path, tasks: dict[str, list[Task]], config: RunConfig) -> list[dict[str, Any]]:
     """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""
+    run_directory.check_sealed(folder / "results.jsonl")
     records = run_directory.read_jsonl(folder / "results.jsonl")
     judged = config.evaluation.judge != "none"
     wanted = [
@@ -520,9 +585,14 @@ def evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
     """The queries and constitutions of each split, the same for every iteration.
 
     "learned": principles SAMI trains on; "held_out": the others, where there are enough of them for a constitution.
+
+    Raises:
+      BadConfigError: the constitutions cannot be drawn.
+      BadDataError: queries or principles cannot be used, or the judge cannot read them.
     """
     queries = read_queries(Path(config.queries.evaluation))[: config.queries.evaluation_count]
     principles = read_principles(Path(config.constitutions.principles))
+    check_judged(config.evaluation.judge, queries, principles)
     held_out = [p for p in principles if p.held_out]
     splits = {"learned": [p for p in principles if not p.held_out]}
     if config.evaluation.held_out and len(held_out) >= config.constitutions.principles_per_query:
@@ -571,23 +641,30 @@ def _training_pair(
 ) -> Pair:
     rng = generator(config.seed, "reshuffle", iteration, task.query.example_id)
     constitutions = [c.shuffled(rng) if config.constitutions.reshuffle else c for c in task.constitutions]
-    return _pair(config.prompts.training, task.query, constitutions, responses, tokenizer)
+    return _pair(config.prompts, task.query, constitutions, responses, tokenizer)
 
 
 def _pair(
-    template: str,
+    templates: PromptsConfig,
     query: Query,
     constitutions: Sequence[Constitution],
     responses: Sequence[Response],
     tokenizer: Tokenizer,
 ) -> Pair:
-    prompts = tuple(render(template, constitution=c.text, query=query.text) for c in constitutions)
+    """The pair that is trained or scored: responses as sampled, or tokenised anew with the prompt as the authors do."""
+    prompts = [render(templates.training, constitution=c.text, query=query.text) for c in constitutions]
+    response_ids = [response.ids for response in responses]
+    if templates.boundary == "authors":
+        response_ids = [
+            tuple(tokenizer.response_ids(response.text, prompt=prompt, boundary="authors"))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
     return Pair(
         query.example_id,
-        prompts,
+        tuple(prompts),
         tuple(response.text for response in responses),
         tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts),
-        tuple(response.ids for response in responses),
+        tuple(response_ids),
     )
 
 
@@ -600,7 +677,7 @@ def _evaluate_split(
     split: str,
 ) -> list[dict[str, Any]]:
     pairs = [
-        _pair(config.prompts.training, task.query, task.constitutions, responses, loaded.tokenizer)
+        _pair(config.prompts, task.query, task.constitutions, responses, loaded.tokenizer)
         for task, responses in zip(tasks, answers, strict=True)
     ]
     ours, bases = (score_all(loaded, params, pairs, config) for params in (loaded.params, base_params))

@@ -1,6 +1,7 @@
 """The SAMI optimizer step: matrices of log-probs, the loss, gradients accumulated over micro-batches, one update."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,11 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> T
         transform_non_params=functools.partial(on, whole),
     )
     return shapes._replace(params=params, opt_state=opt_state, step=on(whole, shapes.step))
+
+
+def pairs_needed(train: TrainConfig, iteration: int) -> int:
+    """How many pairs the steps of iteration 1, 2, ... need, so that each is used at most `train.passes` times."""
+    return math.ceil(train.steps[iteration - 1] * train.queries_per_step / train.passes)
 
 
 def query_indices(n_pairs: int, step: int, *, seed: int, iteration: int, queries_per_step: int) -> list[int]:

@@ -7,6 +7,7 @@ import jax
 
 Array = jax.Array
 Normalize = Literal["mean", "sum"]  # a response's log-prob over its tokens
+Boundary = Literal["exact", "authors"]  # between prompt and response, in tokens
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]  # what of a layer the backward pass recomputes: nothing, all but matmuls, all
 Params = Any  # nested dict of arrays, as `model.decoder.Decoder` splits into

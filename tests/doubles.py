@@ -75,7 +75,7 @@ def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:
 
 def token(tokenizer: Tokenizer, text: str) -> int:
     """The id of the one token with this text."""
-    return tokenizer.token_texts().index(text)
+    return tokenizer.token_texts.index(text)
 
 
 def pair(

@@ -175,7 +175,7 @@ def test_a_missing_file_or_folder_is_65(model, tmp_path, capsys):
 def test_a_mesh_that_does_not_fit_is_78_and_writes_nothing(mesh, says, model, tmp_path, capsys):
     pairs, out = write(tmp_path / "pairs.json", entries()), tmp_path / "out"
     flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    flags += ["--config.train.queries_per_step=48", "--config.train.steps=(1,)"]
+    flags += ["--config.train.queries_per_step=48", "--config.train.steps=(1,)", "--config.train.passes=48"]
     fails(capsys, 78, "train", f"--model={model}", f"--pairs={pairs}", f"--out={out}", *flags, says=says)
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
 

@@ -50,6 +50,20 @@ class TestRefusals:
                 {"prompts": {"generation": "{query}{query}{constitution}"}},
                 "prompts.generation must contain {query} exactly once",
             ),
+            ({"prompts": {"boundary": "joint"}}, "config.prompts.boundary is 'joint'; choose one of exact, authors"),
+            (
+                {
+                    "prompts": {
+                        "generation": "{constitution}{query}Summary: ",
+                        "training": "{constitution}{query}Summary:",
+                    }
+                },
+                "config.prompts.generation ends in ' ', but config.prompts.training in ''",
+            ),
+            (  # what the query ends in is not known yet
+                {"prompts": {"generation": "{constitution}{query}", "training": "{constitution}{query}:"}},
+                "config.prompts.generation ends in '{query}', but config.prompts.training in ''",
+            ),
             ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each of the 4"),
             ({"train": {"steps": (2, 0, 6)}}, "train.steps is (2, 0, 6)"),
             (

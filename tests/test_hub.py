@@ -13,7 +13,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 from sami_jax.config import from_dict
 from sami_jax.model.config import config_to_huggingface
@@ -137,7 +139,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
         config,
         dtype="bfloat16",
         huggingface_config=config_to_huggingface(config, bos_token_id=1, eos_token_id=2),
-        generation_config={},
+        generation_config={"eos_token_id": 2},
         tokenizer_folder=folder / "tokenizer",
         card="# Tiny\n",
         shard_bytes=20_000,
@@ -184,6 +186,23 @@ def test_a_name_is_fetched_once_and_then_found_in_the_cache(hub, files, pairs, t
     assert [path.split("?")[0] for path in hub.asked if "/models/acme" in path] == [listed, tree, listed]
     (offline,) = commands(tmp_path / "cache", hub.url, score("acme/tiny", pairs, out), offline=True)
     assert offline[0] == 0 and read_jsonl(out)[0]["example_id"] == 7, offline
+
+
+def test_a_single_file_is_fetched_before_an_index_as_transformers_does(hub, files, pairs, tmp_path):
+    shards = [name for name in files if name.startswith("model-0")]
+    one: dict[str, np.ndarray] = {}
+    for name in shards:
+        (tmp_path / name).write_bytes(files[name])
+        one |= load_file(tmp_path / name)
+    hub.repositories["acme/both"] = {FIRST: (FIRST, files | {"model.safetensors": save(one)})}
+    outs = [tmp_path / name for name in ("shards.jsonl", "single.jsonl", "offline.jsonl")]
+    name = f"acme/both@{FIRST}"
+    ran = commands(tmp_path / "cache", hub.url, score("acme/tiny", pairs, outs[0]), score(name, pairs, outs[1]))
+    assert [code for code, *_ in ran] == [0, 0], ran
+    (offline,) = commands(tmp_path / "cache", hub.url, score(name, pairs, outs[2]), offline=True)
+    assert offline[0] == 0 and len({out.read_text() for out in outs}) == 1
+    fetched = {path.split("/")[-1] for path in hub.asked if "acme/both/resolve" in path}
+    assert "model.safetensors" in fetched and not fetched & set(shards)
 
 
 def test_what_the_hub_refuses_is_one_sentence(hub, files, pairs, tmp_path):

@@ -18,7 +18,14 @@ from sami_jax.config import MeshConfig
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.model.config import DecoderConfig, RopeScaling, config_from_huggingface, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
-from sami_jax.model.huggingface import SHARD_BYTES, load_params, read_config, save_finetuned, save_model
+from sami_jax.model.huggingface import (
+    SHARD_BYTES,
+    load_params,
+    model_files,
+    read_config,
+    save_finetuned,
+    save_model,
+)
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import load_float32, random_params, tiny_config, write_tokenizer
 
@@ -258,6 +265,7 @@ def test_config_round_trip(name):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"head_dim": 9}, "head_dim"),
         ({"num_key_value_heads": 3}, "3 key/value heads"),
     ],
@@ -353,9 +361,18 @@ def test_one_weight_too_many(folder):
 
 
 def test_rotary_buffers_of_old_folders_are_no_weights(folder):
-    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32)}
-    edit_weights(folder, lambda tensors: tensors.update(buffer))
+    rotary = "model.layers.0.self_attn.rotary_emb."
+    buffers = {rotary + name: np.ones((1, 1, 5), np.float32) for name in ("inv_freq", "cos_cached", "sin_cached")}
+    buffers |= {"model.causal_mask": np.ones((4, 4), bool), "model.layers.1.self_attn.bias": np.ones((4, 4), bool)}
+    edit_weights(folder, lambda tensors: tensors.update(buffers))
     chex.assert_trees_all_equal(load_float32(folder, tiny_config()), random_params(tiny_config()))
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "score.weight"])
+def test_a_value_head_is_named_with_the_way_out(folder, name):
+    edit_weights(folder, lambda tensors: tensors.update({name: np.ones((1, 24), np.float32)}))
+    with pytest.raises(BadDataError, match=f"{name} belong to a value head, which SAMI has no use for; drop them"):
+        load_float32(folder, tiny_config())
 
 
 @pytest.mark.parametrize("name, shape", [(QUERY, (24, 40)), (NORM, (1,)), (HEAD, (60, 24)), (QUERY, (40, 24, 1))])
@@ -419,6 +436,20 @@ def test_another_dtype_is_refused_with_the_tensors_name(folder, dtype, stored):
         load_float32(folder, tiny_config())
 
 
+@pytest.mark.parametrize("shards", ["older", "gone"])
+def test_a_single_file_goes_before_an_index_as_in_transformers(folder, shards):
+    single = (folder / "model.safetensors").read_bytes()
+    files = shard(folder)
+    for file in set(files.values()):
+        if shards == "gone":
+            (folder / file).unlink()
+        else:
+            save_file({k: v + 1 for k, v in load_file(folder / file).items()}, folder / file)
+    (folder / "model.safetensors").write_bytes(single)
+    chex.assert_trees_all_equal(load_float32(folder, tiny_config()), random_params(tiny_config()))
+    assert model_files(folder) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
 def test_a_missing_shard_is_named(folder):
     name = shard(folder)[NORM]
     (folder / name).unlink()
@@ -445,11 +476,14 @@ def test_a_tied_head_must_equal_the_embedding(tmp_path):
         load_float32(folder, config)
 
 
-def test_a_tied_head_without_its_embedding_is_refused(tmp_path):
+def test_tied_weights_may_be_stored_under_the_heads_name(tmp_path):
+    """What safetensors' save_model leaves of two names for one tensor."""
     config = CONFIGS["tied"]
     folder = save(tmp_path / "model", config, random_params(config))
     edit_weights(folder, lambda tensors: tensors.update({HEAD: tensors.pop("model.embed_tokens.weight")}))
-    with pytest.raises(BadDataError, match="model.embed_tokens.weight"):
+    chex.assert_trees_all_equal(load_float32(folder, config), random_params(config))
+    edit_weights(folder, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(BadDataError, match="missing: model.embed_tokens.weight"):
         load_float32(folder, config)
 
 
@@ -506,9 +540,22 @@ def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
     }
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert "torch_dtype" not in json.loads((out / "config.json").read_text())
     assert (out / "README.md").read_text() == "# Tuned\n"
     assert (out.stat().st_mode & 0o777) == 0o755
     chex.assert_trees_all_equal(load_float32(out, read_config(out)), params)
+
+
+def test_a_finetuned_folder_says_no_more_than_its_source(folder, tmp_path):
+    """An empty generation_config.json means "never end" to transformers, none at all "as config.json has it"."""
+    write_tokenizer(folder, "mistral", bos=True)
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, torch_dtype="float16")
+    out = tmp_path / "tuned"
+    save_finetuned(out, random_params(tiny_config()), tiny_config(), dtype="bfloat16", source=folder, card="")
+    assert not (out / "generation_config.json").exists()
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["eos_token_id"]) == ("bfloat16", "bfloat16", 2)
 
 
 MEASURED_LOAD = """

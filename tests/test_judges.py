@@ -3,10 +3,11 @@
 import pytest
 
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.miniature import MARKERS, PRINCIPLES, draw_queries, write_summary
+from sami_jax.data.miniature import MARKERS, PRINCIPLES, REPORTED, draw_queries, write_summary
+from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadDataError
-from sami_jax.evaluation.judges import Verdict, get_judge, judge_miniature
+from sami_jax.evaluation.judges import Verdict, check_judged, get_judge, judge_miniature
 
 [QUERY] = draw_queries(0, train=1, validation=0, test=0)["train"]
 BY_NAME = {p.name: p for p in PRINCIPLES}
@@ -55,6 +56,29 @@ def test_a_malformed_response_follows_nothing_and_loses_against_any_other(respon
 def test_a_query_of_another_world_is_refused_with_the_remedy():
     with pytest.raises(BadDataError, match=r"Query 'reddit-1' has no fact '\w+'.*set config.evaluation.judge=none"):
         judge_miniature(Query("reddit-1", "Who knows?"), CONSTITUTION, summary())
+
+
+def test_foreign_data_is_refused_before_any_response_is_there():
+    check_judged("miniature", [QUERY], PRINCIPLES)
+    bare, foreign = Query("reddit-1", "Who knows?"), Principle("brief", "Be brief.", "Be long.")
+    with pytest.raises(BadDataError, match="Query 'reddit-1' has no fact 'relation'.*set config.evaluation.judge=none"):
+        check_judged("miniature", [QUERY, bare], PRINCIPLES)
+    with pytest.raises(BadDataError, match=r"principle 'brief' is none of the miniature world's.*judge=none"):
+        check_judged("miniature", [QUERY], [*PRINCIPLES, foreign])
+    check_judged("none", [bare], [foreign])
+
+
+def test_the_facts_that_are_asked_for_are_those_that_are_read():
+    read = set()
+
+    class Noting(dict):
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    for detail in (True, False):
+        judge_miniature(Query("q", "", Noting(QUERY.facts)), CONSTITUTION, summary(detail=detail))
+    assert read == set(REPORTED)
 
 
 def test_judges_by_name():

@@ -52,7 +52,7 @@ def save(folder: Path, params: Any, shape: DecoderConfig, *, tokenizer: Path) ->
         shape,
         dtype="float32",
         huggingface_config=config_to_huggingface(shape, bos_token_id=1, eos_token_id=2),
-        generation_config={},
+        generation_config=None,
         tokenizer_folder=tokenizer,
         card="# Tiny\n",
     )

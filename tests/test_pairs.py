@@ -29,7 +29,7 @@ def write(folder, value):
 
 
 def read(path, *, max_positions: int = 64, vocab_size: int = TOKENIZER.vocab_size):
-    return read_pairs(path, TOKENIZER, max_positions=max_positions, vocab_size=vocab_size)
+    return read_pairs(path, TOKENIZER, boundary="exact", max_positions=max_positions, vocab_size=vocab_size)
 
 
 class TestRoundTrip:
@@ -45,6 +45,11 @@ class TestRoundTrip:
             # As sampled after "Summary:": with a space in front.
             assert [TOKENIZER.decode(ids) for ids in pair.response_ids] == [f" {text}" for text in pair.responses]
         assert first.response_ids[0][0] == doubles.token(TOKENIZER, " The")
+
+    def test_the_authors_boundary(self, tmp_path):
+        path = write(tmp_path, AUTHORS)
+        first, _ = read_pairs(path, TOKENIZER, boundary="authors", max_positions=64, vocab_size=TOKENIZER.vocab_size)
+        assert [TOKENIZER.decode(ids) for ids in first.response_ids] == ["The first", "second."]
 
     def test_what_is_written_is_read_back_with_the_sampled_ids(self, tmp_path):
         sampled = tuple(doubles.token(TOKENIZER, text) for text in (" ", "T", "h", "e"))  # not what the tokenizer gives

@@ -14,6 +14,7 @@ from sami_jax.run_directory import (
     append_jsonl,
     begin,
     canonical_json,
+    check_sealed,
     content_hash,
     file_hash,
     locked,
@@ -118,6 +119,14 @@ class TestReading:
         with pytest.raises(BadDataError, match=r"a.jsonl, line 3: not valid JSON"):
             read_jsonl(tmp_path / "a.jsonl")
 
+    def test_a_key_that_stands_twice_is_refused(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"0": {"b": 1}, "1": {"c": 1, "b": 2, "c": 3}}')
+        with pytest.raises(BadDataError, match=r"a.json: the key 'c' stands twice in one object; remove or rename"):
+            read_json(tmp_path / "a.json")
+        (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 1, "a": 1}\n')
+        with pytest.raises(BadDataError, match=r"a.jsonl, line 2: the key 'a' stands twice"):
+            read_jsonl(tmp_path / "a.jsonl")
+
     def test_only_newlines_end_a_record(self, tmp_path):
         # U+2028 and U+0085 are line ends to str.splitlines, and both occur in Reddit posts.
         records = [{"text": "a\u2028b\u0085c\x0bd"}, {"text": "e"}]
@@ -198,6 +207,50 @@ class TestSeal:
         (tmp_path / "deep" / "b.txt").unlink()
         with pytest.raises(BadDataError, match=r"deep/b.txt is missing"):
             sealed(tmp_path, inputs=1)
+
+    def flipped(self, path, *, keep_time: bool) -> None:
+        state, data = path.stat(), bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
+        if keep_time:
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    def test_a_bit_flipped_after_the_seal_is_noticed_at_the_next_start(self, tmp_path):
+        write_outputs(tmp_path)
+        seal(tmp_path, inputs=1, counts=0)
+        self.flipped(tmp_path / "deep" / "b.txt", keep_time=False)
+        with pytest.raises(BadDataError, match=r"deep/b.txt has other bytes than .*DONE.json sealed.*delete"):
+            sealed(tmp_path, inputs=1)
+
+    @pytest.mark.parametrize("keep_time", [False, True])
+    def test_what_is_used_is_hashed_first(self, tmp_path, keep_time):
+        folder = tmp_path / "stage"
+        write_outputs(folder)
+        seal(folder, inputs=1, counts=0)
+        self.flipped(folder / "deep" / "b.txt", keep_time=keep_time)
+        for path in (folder, folder / "deep"):
+            with pytest.raises(BadDataError, match=r"deep/b.txt has other bytes"):
+                check_sealed(path)
+        if keep_time:  # what is not used is not hashed
+            check_sealed(folder / "a.json")
+
+    def test_bytes_are_hashed_again_where_size_or_time_changed_only(self, tmp_path):
+        path = tmp_path / "a.bin"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, ns=(0, 10))
+        seal(tmp_path, inputs=1, counts=0)
+        check_sealed(path)
+        self.flipped(path, keep_time=True)
+        check_sealed(path)  # the same size and time: not read again in this process
+        os.utime(path, ns=(0, 11))
+        with pytest.raises(BadDataError, match=r"a.bin has other bytes"):
+            check_sealed(path)
+
+    def test_what_nobody_sealed_is_left_alone(self, tmp_path):
+        write_outputs(tmp_path)
+        check_sealed(tmp_path)
+        (tmp_path / "DONE.json").write_text('"somebody else\'s"')
+        check_sealed(tmp_path)
 
     def test_other_inputs_are_refused(self, tmp_path):
         begin(tmp_path, inputs={"rate": 1e-6})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import doubles
-from sami_jax.sampling import cut_response, greedy, sample_responses, stop_tokens
+from sami_jax.data.tokenizer import Tokenizer
+from sami_jax.sampling import Stops, cut_response, greedy, make_stops, sample_responses
 from sami_jax.types import DecodeFn
 
 VOCAB = 13
@@ -99,11 +100,16 @@ TOKENIZER = doubles.byte_tokenizer((".", "#"), ("Ċ", "Ċ"), ("Ġ", "T"), ("h", 
 MARKERS = ("##", "\n")
 
 
+def stops_of(markers: tuple[str, ...] = MARKERS, tokenizer: Tokenizer = TOKENIZER, **changes) -> Stops:
+    settings = {"end_ids": frozenset({tokenizer.eos_id}), "vocab_size": tokenizer.vocab_size}
+    return make_stops(tokenizer, markers=markers, **settings | changes)
+
+
 def ids_of(*texts: str) -> list[int]:
     return [doubles.token(TOKENIZER, text) for text in texts]
 
 
-cut = functools.partial(cut_response, tokenizer=TOKENIZER, markers=MARKERS, stopped=False)
+cut = functools.partial(cut_response, tokenizer=TOKENIZER, stops=stops_of(), stopped=False)
 
 
 class TestCutResponse:
@@ -112,10 +118,10 @@ class TestCutResponse:
         assert (response.text, response.ids, response.finished) == ("The.#", tuple(ids_of(" The", ".", "#")), False)
 
     def test_a_stop_token_finishes(self):
-        assert cut_response(ids_of("a"), TOKENIZER, MARKERS, stopped=True).finished
+        assert cut_response(ids_of("a"), TOKENIZER, stops_of(), stopped=True).finished
 
     def test_end_of_sequence_is_no_part_of_the_response(self):
-        response = cut_response([*ids_of("a", "."), TOKENIZER.eos_id], TOKENIZER, MARKERS, stopped=True)
+        response = cut_response([*ids_of("a", "."), TOKENIZER.eos_id], TOKENIZER, stops_of(), stopped=True)
         assert (response.text, response.ids, response.finished) == ("a.", tuple(ids_of("a", ".")), True)
 
     def test_a_marker_over_several_tokens_is_cut_between_tokens(self):
@@ -150,6 +156,57 @@ class TestCutResponse:
         response = cut([*ids, *ids_of("#", "#")])
         assert (response.text, response.ids) == ("é.", tuple(ids))
 
+    def test_every_end_token_ends_and_is_no_part_of_the_response(self):
+        stops = stops_of(end_ids=frozenset({TOKENIZER.eos_id, token_of("b")}))
+        for end in stops.end_ids:
+            response = cut_response([*ids_of("a", "."), end], TOKENIZER, stops, stopped=True)
+            assert (response.text, response.ids, response.finished) == ("a.", tuple(ids_of("a", ".")), True)
+
+    def test_a_marker_may_be_a_special_token(self):
+        stops = stops_of(("<s>",), end_ids=frozenset())
+        assert set(np.flatnonzero(stops.mask)) == {token_of("<s>")}
+        response = cut_response([*ids_of("a", "."), token_of("<s>")], TOKENIZER, stops, stopped=True)
+        assert (response.text, response.ids, response.finished) == ("a.", tuple(ids_of("a", ".")), True)
+
+    def test_a_special_token_alone_is_no_response(self):
+        response = cut([token_of("<s>")])
+        assert (response.text, response.ids) == ("", ())
+
+    def test_a_cut_inside_a_token_of_merged_newlines(self):
+        # What stays of the token begins with the very newlines that the tokenizer merges with any newline before them.
+        tokenizer = doubles.byte_tokenizer(("Ċ", "Ċ"), ("ĊĊ", "x"), ("ĊĊx", "#"))
+        stops = stops_of(("#",), tokenizer)
+        ids = [doubles.token(tokenizer, text) for text in ("a", "\n\nx#")]
+        response = cut_response(ids, tokenizer, stops, stopped=True)
+        assert (response.text, response.finished) == ("a\n\nx", True)
+        assert tokenizer.decode(response.ids) == response.text
+
+    def test_a_cut_among_many_tokens_costs_few_decodings(self):
+        class Counting(Tokenizer):
+            spelled = 0
+
+            def spell(self, ids):
+                self.spelled += len(ids)
+                return super().spell(ids)
+
+        tokenizer, length = Counting(TOKENIZER._backend), 4096
+        ids = ids_of("a", ".", "#", "#", *["a"] * length)
+        assert cut_response(ids, tokenizer, stops_of(), stopped=False).ids == tuple(ids_of("a", "."))
+        assert tokenizer.spelled < 4 * length  # a bisection; token by token it would be length ** 2 / 2
+
+    def test_characters_in_pieces_before_the_cut_keep_the_ids_that_were_sampled(self):
+        ids = TOKENIZER.prompt_ids("🙂 é 東京." * 5)
+        for count in range(len(ids) + 1):
+            response = cut([*ids[:count], *ids_of("#", "#", "a", " ", "b")])
+            whole = not TOKENIZER.decode(ids[:count]).endswith("\ufffd")
+            assert TOKENIZER.decode(response.ids).strip() == response.text == TOKENIZER.decode(ids[:count]).strip()
+            assert response.ids == tuple(ids[: count - (ids[:count][-1:] == ids_of(" "))]) or not whole
+
+    def test_bytes_that_are_no_character_keep_their_ids(self):
+        pieces = TOKENIZER.prompt_ids("é")[:1] * 3
+        response = cut([*ids_of("a"), *pieces, *ids_of(" ", "#", "#")])
+        assert (response.text, response.ids) == ("a\ufffd\ufffd\ufffd", (*ids_of("a"), *pieces))
+
     def test_the_ids_spell_the_text(self):
         rng = np.random.default_rng(0)
         pieces = ids_of(" The", ".", "#", ".#", " ", "\n\n", "a", "he")
@@ -164,10 +221,30 @@ class TestCutResponse:
 
 
 def test_stop_tokens_are_end_of_sequence_and_tokens_with_a_marker_inside():
-    mask = stop_tokens(TOKENIZER, ("\n", ".#"), vocab_size=TOKENIZER.vocab_size + 5)
-    expected = {TOKENIZER.eos_id, *ids_of("\n", "\n\n", ".#")}
-    assert mask.shape == (TOKENIZER.vocab_size + 5,)
-    assert set(np.flatnonzero(mask).tolist()) == expected
+    vocab = TOKENIZER.vocab_size + 5
+    end_ids = frozenset({TOKENIZER.eos_id, vocab - 1})
+    mask = stops_of(("\n", ".#"), end_ids=end_ids, vocab_size=vocab).mask
+    assert mask.shape == (vocab,)
+    assert set(np.flatnonzero(mask).tolist()) == {*end_ids, *ids_of("\n", "\n\n", ".#")}
+
+
+def test_a_vocabulary_is_decoded_once_for_all_batches():
+    class Counting(Tokenizer):
+        spelled = 0
+
+        def spell(self, ids):
+            self.spelled += 1
+            return super().spell(ids)
+
+    tokenizer = Counting(TOKENIZER._backend)
+    for markers in (MARKERS, MARKERS, ("x",)):
+        mask = stops_of(markers, tokenizer).mask
+        assert mask[token_of("x")] == (markers == ("x",))
+    assert tokenizer.spelled == tokenizer.vocab_size
+
+
+def token_of(text: str) -> int:
+    return doubles.token(TOKENIZER, text)
 
 
 class TestSampleResponses:
@@ -189,8 +266,7 @@ class TestSampleResponses:
             self.params,
             prompts,
             TOKENIZER,
-            stop_mask=stop_tokens(TOKENIZER, MARKERS, vocab_size=self.vocab),
-            markers=MARKERS,
+            stops=stops_of(),
             max_new_tokens=max_new_tokens,
             rows=rows,
             round_to=round_to,
@@ -198,13 +274,13 @@ class TestSampleResponses:
         )
 
     def test_equals_a_numpy_loop_and_the_cut(self):
-        params, stops = self.params, stop_tokens(TOKENIZER, MARKERS, vocab_size=self.vocab)
+        params, stops = self.params, stops_of()
         expected = []
         for prompt in self.prompts:
             ids: list[int] = []
-            while len(ids) < 12 and not (ids and stops[ids[-1]]):
+            while len(ids) < 12 and not (ids and stops.mask[ids[-1]]):
                 ids.append(int(np.argmax(doubles.logits_after(params, [*prompt, *ids]))))
-            expected.append(cut_response(ids, TOKENIZER, MARKERS, stopped=bool(stops[ids[-1]])))
+            expected.append(cut_response(ids, TOKENIZER, stops, stopped=bool(stops.mask[ids[-1]])))
         assert self.sample(self.prompts, rows=4) == expected
         assert len({response.text for response in expected}) == 4
 

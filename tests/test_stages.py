@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from sami_jax import iterations, stages
-from sami_jax.config import RunConfig, from_dict
+from sami_jax.config import RunConfig, from_dict, to_dict
+from sami_jax.data.pairs import read_pairs
 from sami_jax.data.tokenizer import load_tokenizer
-from sami_jax.errors import BadConfigError, BadDataError, StoppedError
-from sami_jax.model.config import config_to_huggingface
-from sami_jax.model.huggingface import save_model
+from sami_jax.errors import BadConfigError, BadDataError, SaveFailedError, StoppedError
+from sami_jax.model.config import DecoderConfig, config_to_huggingface
+from sami_jax.model.decoder import abstract_params
+from sami_jax.model.huggingface import read_config, save_model
 from tiny_models import random_params, tiny_config, write_tokenizer
 
 PRINCIPLES = [
@@ -28,18 +32,21 @@ PRINCIPLES = [
 def model(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("model")
     size = write_tokenizer(folder / "tokenizer", "byte_level", bos=True).get_vocab_size()
-    config = tiny_config(vocab_size=size, max_positions=256)
+    write_model(folder / "model", tiny_config(vocab_size=size, max_positions=256), folder / "tokenizer")
+    return folder / "model"
+
+
+def write_model(folder: pathlib.Path, config: DecoderConfig, tokenizer_folder: pathlib.Path) -> None:
     save_model(
-        folder / "model",
+        folder,
         random_params(config),
         config,
         huggingface_config=config_to_huggingface(config, bos_token_id=1, eos_token_id=2),
-        generation_config={},
-        tokenizer_folder=folder / "tokenizer",
+        generation_config=None,
+        tokenizer_folder=tokenizer_folder,
         card="# Tiny\n",
         dtype="float32",
     )
-    return folder / "model"
 
 
 @pytest.fixture
@@ -57,7 +64,13 @@ def pairs(tmp_path) -> pathlib.Path:
 
 
 def config_of(**train: Any) -> RunConfig:
-    settings = {"steps": [3], "queries_per_step": 2, "micro_batch_queries": 1, "learning_rate": 1e-2}
+    settings = {
+        "steps": [3],
+        "queries_per_step": 2,
+        "micro_batch_queries": 1,
+        "passes": 1.5,
+        "learning_rate": 1e-2,
+    }
     return from_dict({"iterations": 1, "train": settings | train})
 
 
@@ -117,6 +130,22 @@ class TestTrain:
         pairs.write_text(sound)
         assert train(model, pairs, tmp_path / "out")
 
+    def test_more_passes_than_the_config_says_are_refused_with_the_numbers(self, model, pairs, tmp_path):
+        says = (
+            r"holds 4 pairs, but 3 steps of 2 queries need 5: each pair would be used 1.5 times, more than "
+            r"config.train.passes=1.3.*or set config.train.passes=1.5\."
+        )
+        with pytest.raises(BadDataError, match=says):
+            train(model, pairs, tmp_path / "out", passes=1.3)
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+    @pytest.mark.parametrize("changed", [{"compute_dtype": "bfloat16"}, {"prompts": {"boundary": "authors"}}])
+    def test_a_finished_folder_is_not_passed_off_as_another_settings(self, model, pairs, tmp_path, changed):
+        train(model, pairs, tmp_path / "out")
+        other = from_dict(to_dict(config_of()) | changed)
+        with pytest.raises(BadConfigError, match="made from other inputs"):
+            iterations.train_folder(other, model=model, pairs=pairs, out=tmp_path / "out")
+
     @pytest.mark.parametrize("weights", ["bfloat16_stochastic", "bfloat16"])
     def test_bfloat16_weights_stay_bfloat16_from_checkpoint_to_export(self, model, pairs, tmp_path, weights):
         settings = {"weights": weights, "kl_beta": 0.1}
@@ -165,6 +194,96 @@ class TestTrain:
         assert not (tmp_path / "out.training").exists()
 
 
+class TestSettingsReachTheModel:
+    """Each of these could be a constant somewhere below, and everything else would look right."""
+
+    def scores(self, model, pairs, **settings: Any) -> np.ndarray:
+        lines, _ = stages.score_file(from_dict(to_dict(config_of()) | settings), model=model, pairs=pairs)
+        return np.array([line["logps"] for line in lines])
+
+    def test_compute_dtype(self, model, pairs):
+        exact, rounded = (self.scores(model, pairs, compute_dtype=dtype) for dtype in ("float32", "bfloat16"))
+        # bfloat16 has 8 bits: logits of size 5 to 10 are off by some hundredths, not by more than a tenth of a nat.
+        assert 1e-3 < np.abs(exact - rounded).max() < 0.3
+
+    def test_normalize(self, model, pairs):
+        tokenizer = load_tokenizer(model)
+        data = read_pairs(pairs, tokenizer, boundary="exact", max_positions=256, vocab_size=tokenizer.vocab_size)
+        lengths = np.array([[len(ids) for ids in pair.response_ids] for pair in data])  # [Q, R]
+        mean, total = (self.scores(model, pairs, train={"normalize": name}) for name in ("mean", "sum"))
+        np.testing.assert_allclose(total, mean * lengths[:, None, :], rtol=1e-5)
+
+    def test_remat(self, model):
+        arguments = np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32)
+        programs = {}
+        for remat in ("none", "dots", "full"):
+            score = stages.open_model(model, config_of(remat=remat)).model.score
+            params = abstract_params(read_config(model))[0]
+            programs[remat] = str(jax.make_jaxpr(score)(params, *arguments))
+        assert "remat" not in programs["none"]
+        assert "policy=None" in programs["full"] and "policy=DotsSaveable" in programs["dots"]
+
+
+@pytest.fixture
+def copied(model, tmp_path) -> pathlib.Path:
+    """A copy of the model that a test may spoil."""
+    shutil.copytree(model, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_every_end_token_of_the_folder_ends_a_response(copied, file):
+    (copied / "generation_config.json").write_text("{}")
+    config = from_dict({"sampling": {"max_new_tokens": 12, "stop": []}})
+    prompts = ["The post asks how to make peace.", "x"]
+    before = stages.respond(stages.load_model(copied, config), prompts, config.sampling, rows=2)
+    end = before[0].ids[3]
+    content = json.loads((copied / file).read_text())
+    (copied / file).write_text(json.dumps(content | {"eos_token_id": [2, end]}))
+    loaded = stages.load_model(copied, config)
+    assert loaded.end_ids == {2, end}
+    after = stages.respond(loaded, prompts, config.sampling, rows=2)
+    for long, short in zip(before, after, strict=True):
+        cut = long.ids.index(end) if end in long.ids else len(long.ids)
+        assert short.ids == long.ids[:cut] and short.finished == (cut < len(long.ids))
+    assert after[0].ids == before[0].ids[: before[0].ids.index(end)]
+
+
+@pytest.mark.parametrize("named", [9999, [2, 9999], -1, "</s>", 2.0, True])
+def test_an_end_token_that_is_none_of_the_models_is_refused_by_name(copied, named):
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(BadDataError, match=r"generation_config.json: eos_token_id names .* vocabulary of \d+; correct"):
+        stages.open_model(copied, config_of())
+
+
+def test_a_tokenizer_whose_end_token_lies_beyond_the_vocabulary_is_refused(copied):
+    path = copied / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(
+        {"id": 999, "content": "<end>", "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    )
+    content["model"]["vocab"]["<end>"] = 999
+    path.write_text(json.dumps(content))
+    about = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": "<end>"}))
+    with pytest.raises(BadDataError, match="end token has the id 999, beyond the model's vocabulary .* do not belong"):
+        stages.open_model(copied, config_of())
+
+
+def test_rows_that_the_mesh_does_not_divide_are_filled_up(tmp_path):
+    """Experts are split over the rows' devices by hand, so that their number must divide."""
+    size = write_tokenizer(tmp_path / "tokenizer", "byte_level", bos=True).get_vocab_size()
+    config = tiny_config(vocab_size=size, model_type="mixtral", n_experts=4, experts_per_token=2, max_positions=256)
+    write_model(tmp_path / "model", config, tmp_path / "tokenizer")
+    prompts = ["Be brief. Query:", "x", "The post asks"]
+    found = []
+    for mesh in ({"fsdp": 2}, {}):
+        run = from_dict({"mesh": mesh, "sampling": {"max_new_tokens": 4, "stop": []}})
+        found.append(stages.respond(stages.load_model(tmp_path / "model", run), prompts, run.sampling, rows=3))
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
 def test_a_folder_is_what_is_read_of_it(model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -172,6 +291,7 @@ def test_a_folder_is_what_is_read_of_it(model, tmp_path):
         (folder / path.name).symlink_to(path)
     (folder / "params.json").write_text("{}")  # what another tool fetched into a folder of the Hub's cache
     (folder / "consolidated.safetensors").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text("of shards that are gone")
     assert stages.folder_hash(folder) == stages.folder_hash(model)
     (folder / "tokenizer.json").unlink()
     assert stages.folder_hash(folder) != stages.folder_hash(model)
@@ -185,6 +305,18 @@ def test_convert_and_verify(model, tmp_path, dtype):
     for name, weight in before.items():
         np.testing.assert_array_equal(after[name], weight.astype(dtype))
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_verify_notices_a_weight_that_was_written_wrongly(model, tmp_path, monkeypatch):
+    def write_wrongly(tensors: dict[str, np.ndarray], path: pathlib.Path, **about: Any) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.1
+        save_file(tensors, path, **about)
+
+    # The disk's failure, which cannot be had otherwise.
+    monkeypatch.setattr("sami_jax.model.huggingface.save_file", write_wrongly)
+    stages.convert(config_of(), model=model, out=tmp_path / "unseen", dtype="float32", verify=False)
+    with pytest.raises(SaveFailedError, match="does not give the logits of the weights it was made from"):
+        stages.convert(config_of(), model=model, out=tmp_path / "out", dtype="float32", verify=True)
 
 
 def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
@@ -236,6 +368,18 @@ class TestEvaluate:
         with pytest.raises(BadDataError, match="no baseline for this evaluation"):
             self.evaluate(fewer, tmp_path / "fewer", base)
         assert not (tmp_path / "other").exists() and not (tmp_path / "fewer").exists()
+
+    @pytest.mark.parametrize("changed", [{"compute_dtype": "bfloat16"}, {"train": {"round_tokens_to": 16}}])
+    def test_a_finished_folder_is_not_passed_off_as_another_settings(self, settings, tmp_path, changed):
+        self.evaluate(settings, tmp_path / "out")
+        with pytest.raises(BadConfigError, match="made from other inputs"):
+            self.evaluate(settings | changed, tmp_path / "out")
+
+    def test_a_judge_that_cannot_read_the_queries_is_refused_at_the_start(self, settings, tmp_path):
+        foreign = settings | {"evaluation": {"judge": "miniature"}, "model": str(tmp_path / "not looked at")}
+        with pytest.raises(BadDataError, match="'q0' has no fact.*set config.evaluation.judge=none"):
+            iterations.run(from_dict(foreign | {"model": settings["model"]}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
     def test_changed_queries_are_noticed(self, settings, tmp_path):
         self.evaluate(settings, tmp_path / "out")

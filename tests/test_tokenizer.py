@@ -1,14 +1,17 @@
 """Where a prompt ends and its response begins, for the three kinds of tokenizer that Mistral and Llama models have."""
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
+import doubles
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import BadDataError
-from sami_jax.sampling import cut_response
+from sami_jax.sampling import cut_response, make_stops
 from tiny_models import KINDS, write_tokenizer
 
 RESPONSES = (
@@ -110,7 +113,7 @@ def test_decode_leaves_special_tokens_out_and_spaces_as_they_are(tokenizer):
 
 
 def test_token_texts_cover_the_vocabulary(tokenizer):
-    texts = tokenizer.token_texts()
+    texts = tokenizer.token_texts
     assert len(texts) == tokenizer.vocab_size
     period = tokenizer.response_ids("x.", prompt="Summary:")[-1]
     assert texts[period].endswith(".")
@@ -119,13 +122,14 @@ def test_token_texts_cover_the_vocabulary(tokenizer):
 @pytest.mark.parametrize("response", RESPONSES[:4])
 def test_a_cut_response_keeps_the_ids_that_were_sampled(tokenizer, response):
     ids = tokenizer.response_ids(response, prompt="Summary:")
-    whole = cut_response([*ids, 2], tokenizer, ["###"], stopped=True)
+    stops = make_stops(tokenizer, end_ids=frozenset({2}), markers=("Human:", "###"), vocab_size=tokenizer.vocab_size)
+    whole = cut_response([*ids, 2], tokenizer, stops, stopped=True)
     assert (whole.text, whole.ids, whole.finished) == (response, tuple(ids), True)
     # The marker stands behind white space, so that the cut falls between tokens.
     longer = tokenizer.response_ids(f"{response} ### and more", prompt="Summary:")
-    cut = cut_response(longer, tokenizer, ["Human:", "###"], stopped=False)
+    cut = cut_response(longer, tokenizer, stops, stopped=False)
     assert (cut.text, cut.ids, cut.finished) == (response, tuple(ids), True)
-    unfinished = cut_response(ids, tokenizer, ["###"], stopped=False)
+    unfinished = cut_response(ids, tokenizer, stops, stopped=False)
     assert (unfinished.text, unfinished.ids, unfinished.finished) == (response, tuple(ids), False)
 
 
@@ -143,6 +147,74 @@ def test_a_tokenizer_that_merges_over_the_boundary_is_refused():
 
     with pytest.raises(BadDataError, match="merges ':' with what follows it.*store response_ids"):
         Tokenizer(Backend()).response_ids("x", prompt="Summary:")
+
+
+def with_template(folder: Path, kind: str, single: str) -> Path:
+    """A tokenizer folder whose template is `single`."""
+    raw = write_tokenizer(folder, kind, bos=False)
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    raw.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("template", "leading"), [("<s> $A </s>", (1,)), ("$A </s>", ()), ("<s> <s> $A", (1, 1)), ("$A", ())]
+)
+def test_a_prompt_has_what_goes_in_front_and_never_what_ends_a_text(tmp_path, kind, template, leading):
+    tokenizer = load_tokenizer(with_template(tmp_path, kind, template))
+    plain = load_tokenizer(with_template(tmp_path / "plain", kind, "$A"))
+    assert tokenizer.leading_ids == leading
+    for prompt in PROMPTS:
+        assert tokenizer.prompt_ids(prompt) == [*leading, *plain.prompt_ids(prompt)]
+        assert tokenizer.response_ids("The post", prompt=prompt) == plain.response_ids("The post", prompt=prompt)
+
+
+@pytest.mark.parametrize("template", ["$A </s> $A", "<s> $A $A </s>"])
+def test_a_template_that_cannot_be_taken_apart_is_refused(tmp_path, template):
+    folder = with_template(tmp_path, "byte_level", template)
+    with pytest.raises(BadDataError, match=f"{tmp_path}: the tokenizer's template .* cannot be taken apart.*mend"):
+        load_tokenizer(folder)
+
+
+def test_the_documented_way_to_begin_prompts_with_control_tokens(tmp_path, monkeypatch):
+    control = ["<|begin_of_text|>", "<|start_header_id|>"]
+    raw = write_tokenizer(tmp_path / "model", "byte_level", bos=True)
+    raw.add_special_tokens(control)
+    raw.save(str(tmp_path / "model" / "tokenizer.json"))
+    written = load_tokenizer(tmp_path / "model").prompt_ids("".join(control) + "Be kind.")
+    document = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(code.replace("\n  ", "\n").strip()), {})
+    ids = [raw.token_to_id(name) for name in control]
+    assert not set(ids) & set(written)  # as text they are none
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenizer.leading_ids == tuple(ids) and tokenizer.decode(tokenizer.prompt_ids("Be kind.")) == "Be kind."
+
+
+class TestTheAuthorsBoundary:
+    @pytest.mark.parametrize("response", RESPONSES)
+    @pytest.mark.parametrize("prompt", PROMPTS)
+    def test_is_one_text_without_a_space(self, folder, tokenizer, prompt, response):
+        ids = tokenizer.response_ids(response, prompt=prompt, boundary="authors")
+        assert tokenizer.decode(tokenizer.prompt_ids(prompt) + ids) == prompt + response
+        joint = RawTokenizer.from_file(str(folder / "tokenizer.json")).encode(prompt + response).ids
+        head = tokenizer.prompt_ids(prompt)
+        assert joint[: len(head)] != head or ids == joint[len(head) :]
+
+    def test_is_another_one(self, tokenizer):
+        exact, authors = (
+            tokenizer.response_ids("The post", prompt="Summary:", boundary=boundary)
+            for boundary in ("exact", "authors")
+        )
+        assert exact != authors
+
+    def test_a_merge_over_it_is_undone(self):
+        tokenizer = doubles.byte_tokenizer((":", "x"), ("x", "y"))
+        assert tokenizer.token_texts[tokenizer.prompt_ids("a:xy")[1]] == ":x"
+        ids = tokenizer.response_ids("xy", prompt="a:", boundary="authors")
+        assert [tokenizer.token_texts[i] for i in ids] == ["xy"]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

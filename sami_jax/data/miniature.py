@@ -42,6 +42,7 @@ MARKERS = {
 # As in the post. With "was" for both, the mood a summary reports and the weather a post tells follow the same word, and
 # some bases never learn to copy either.
 LINKS = {"weather": "was", "mood": "felt"}
+REPORTED = ("relation", "name", "verb", "object", "weather", "mood")  # facts that a summary may tell
 # Ten topics: four verbs and four objects each.
 TOPICS = (
     ("sold bought crashed washed", "car bike truck boat"),

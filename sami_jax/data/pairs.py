@@ -7,7 +7,8 @@ from typing import Any
 
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError
-from sami_jax.run_directory import read_json, write_json
+from sami_jax.run_directory import check_sealed, read_json, write_json
+from sami_jax.types import Boundary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +46,22 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     write_json(path, queries, sort_keys=False)
 
 
-def read_pairs(path: Path, tokenizer: Tokenizer, *, max_positions: int, vocab_size: int) -> list[Pair]:
+def read_pairs(
+    path: Path, tokenizer: Tokenizer, *, boundary: Boundary, max_positions: int, vocab_size: int
+) -> list[Pair]:
     """Reads a file of the authors' format, with or without `response_ids`, in the file's order.
 
     Args:
       path: the JSON file: one key per query, whose list has one entry per constitution, equally many for all queries.
       tokenizer: gives the ids of prompts, and of responses that have none.
+      boundary: between a prompt and a response that has no ids; see `Tokenizer.response_ids`.
       max_positions: the model's longest sequence, in tokens.
       vocab_size: the model's V; every id is below it.
 
     Raises:
       BadDataError: the file, the query's key, the entry, what is wrong and the remedy.
     """
+    check_sealed(path)
     queries = read_json(path)
     if not isinstance(queries, dict):
         raise BadDataError(f'{path}: expected an object with one key per query ("0", "1", ...).')
@@ -69,7 +74,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, *, max_positions: int, vocab_si
             raise BadDataError(f"{where}: expected a list with one entry per constitution, at least two.")
         for constitution, entry in enumerate(entries):
             _check_entry(entry, f"{where}, entry {constitution}")
-        pair = _to_pair(entries, tokenizer, where)
+        pair = _to_pair(entries, tokenizer, boundary, where)
         if pairs and len(entries) != len(pairs[0].prompts):
             raise BadDataError(
                 f"{where}: {len(entries)} constitutions, but the queries before it have {len(pairs[0].prompts)}."
@@ -79,7 +84,7 @@ def read_pairs(path: Path, tokenizer: Tokenizer, *, max_positions: int, vocab_si
     return pairs
 
 
-def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, where: str) -> Pair:
+def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, boundary: Boundary, where: str) -> Pair:
     ids = [entry["example_id"] for entry in entries]
     if len(set(ids)) != 1:
         raise BadDataError(f"{where}: its entries have different example_ids {ids}; a query has one.")
@@ -88,7 +93,7 @@ def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, where: str
     for constitution, entry in enumerate(entries):
         tokens = entry.get("response_ids")
         if tokens is None:
-            tokens = tokenizer.response_ids(entry["response"], prompt=entry["prompt"])
+            tokens = tokenizer.response_ids(entry["response"], prompt=entry["prompt"], boundary=boundary)
         if not tokens:
             raise BadDataError(f"{where}, entry {constitution}: the response has no tokens; remove this query.")
         response_ids.append(tuple(tokens))

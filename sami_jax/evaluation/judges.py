@@ -1,10 +1,11 @@
 """Judges: how well a response follows a constitution, decided by a program."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sami_jax.data import miniature
 from sami_jax.data.constitutions import Constitution
+from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadDataError
 
@@ -59,6 +60,23 @@ def judge_miniature(query: Query, constitution: Constitution, response: str) -> 
         return Verdict(False, False, dict.fromkeys(constitution.asked, False))
     followed = {name: reading.followed[name] == asked for name, asked in constitution.asked.items()}
     return Verdict(True, reading.faithful, followed)
+
+
+def check_judged(name: str, queries: Sequence[Query], principles: Sequence[Principle]) -> None:
+    """Refuses what the judge of this name cannot read, before anything is sampled for it.
+
+    Raises:
+      BadDataError: the query or principle, and the remedy.
+    """
+    if name != "miniature":
+        return
+    remedy = "so the miniature judge cannot read its summaries; set config.evaluation.judge=none for other data."
+    for query in queries:
+        if missing := [fact for fact in miniature.REPORTED if fact not in query.facts]:
+            raise BadDataError(f"Query {query.example_id!r} has no fact {missing[0]!r}, {remedy}")
+    for principle in principles:
+        if principle.name not in miniature.MARKERS:
+            raise BadDataError(f"The principle {principle.name!r} is none of the miniature world's, {remedy}")
 
 
 def get_judge(name: str) -> Judge | None:

@@ -29,6 +29,7 @@ _MUST_BE = {
     "router_jitter_noise": (None, 0),
     "quantization_config": (None,),
     "layer_types": (None,),
+    "transformers_weights": (None,),  # another file than model.safetensors and its index
 }
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # RopeScaling field -> its key in config.json

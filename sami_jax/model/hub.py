@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from sami_jax.errors import BadDataError, FetchFailedError, SamiError
-from sami_jax.model.huggingface import SETTINGS_FILES, find_weights, read_config, read_weight_map
+from sami_jax.model.huggingface import SETTINGS_FILES, WEIGHT_FILES, find_weights, read_config, read_weight_map
 
 
 def fetch_model(model: str) -> Path:
@@ -29,6 +29,7 @@ def fetch_model(model: str) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(SETTINGS_FILES)))
         read_config(folder)
+        snapshot_download(name, revision=folder.name, allow_patterns=list(WEIGHT_FILES))
         snapshot_download(name, revision=folder.name, allow_patterns=list(read_weight_map(folder)))
     except SamiError:
         raise

@@ -32,7 +32,8 @@ from sami_jax.types import Array, Params
 _ROWS_BYTES = 1 << 20  # read at a time
 SHARD_BYTES = 5_000_000_000  # what transformers and the Hub take a file to be
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-SETTINGS_FILES = ("config.json", "generation_config.json", _INDEX, *TOKENIZER_FILES)  # read beside the weights
+SETTINGS_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)  # read beside the weights
+WEIGHT_FILES = (_SINGLE, _INDEX)  # the first that is there says where the weights are, as in transformers
 _SHOWN = 4  # tensors, in a message
 _DTYPES = ("F32", "BF16", "F16")  # as safetensors calls them
 
@@ -87,7 +88,9 @@ _EXPERT_LEAVES: dict[_Keys, _Leaf] = {
     ("blocks", "mlp", "up"): _Leaf(_EXPERT + "w3.weight", 1),
     ("blocks", "mlp", "down"): _Leaf(_EXPERT + "w2.weight", 1),
 }
-_BUFFERS = ("rotary_emb.inv_freq",)  # written by old transformers, recomputed from config.json
+# Written by old transformers, recomputed from config.json. Masks are booleans, whatever their names.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_VALUE_HEADS = ("v_head.", "value_head.", "reward_head.", "score.")  # of TRL, of transformers' sequence classification
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -106,16 +109,39 @@ def read_config(folder: Path) -> DecoderConfig:
     return config_from_huggingface(config, source=str(path))
 
 
+def read_end_ids(folder: Path, config: DecoderConfig) -> frozenset[int]:
+    """The tokens that config.json and generation_config.json name as `eos_token_id`, one or a list: each ends a text.
+
+    Raises:
+      BadDataError: one of them is no token of the model.
+    """
+    end_ids: set[int] = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        content = read_json(path) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise BadDataError(f"{path}: expected a JSON object.")
+        named = content.get("eos_token_id")
+        for token in named if isinstance(named, list) else [] if named is None else [named]:
+            if type(token) is not int or not 0 <= token < config.vocab_size:
+                raise BadDataError(
+                    f"{path}: eos_token_id names {token!r}, which is no token of the model's vocabulary of "
+                    f"{config.vocab_size}; correct it there."
+                )
+            end_ids.add(token)
+    return frozenset(end_ids)
+
+
 def read_weight_map(folder: Path) -> dict[str, set[str]]:
     """The names of a folder's weight files, each with the tensors that the index wants in it.
 
-    Without an index it is model.safetensors, whatever it holds. Whether the files are there is not asked.
+    model.safetensors, whatever it holds, before an index, as transformers has it: what else lies there may be older.
+    Whether the files that an index names are there is not asked.
 
     Raises:
       BadDataError: the index is malformed, or names something else than safetensors files inside the folder.
     """
     index = folder / _INDEX
-    if not index.is_file():
+    if (folder / _SINGLE).is_file() or not index.is_file():
         return {_SINGLE: set()}
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -146,6 +172,13 @@ def find_weights(folder: Path) -> dict[str, set[str]]:
     return files
 
 
+def model_files(folder: Path) -> list[str]:
+    """The names of the files that are read of a model folder. Raises BadDataError where its weights are missing."""
+    weights = find_weights(folder)
+    index = () if _SINGLE in weights else (_INDEX,)
+    return sorted(name for name in (*SETTINGS_FILES, *index, *weights) if (folder / name).is_file())
+
+
 def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Params) -> Params:
     """Reads every weight of a model folder straight to where it belongs.
 
@@ -153,7 +186,7 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
 
     Args:
       folder: safetensors, in one file or several with an index, float32, bfloat16 or float16. Mixtral's experts as the
-        Hub has them (w1, w2, w3 of each) or as transformers 5 does (fused).
+        Hub has them (w1, w2, w3 of each) or as transformers 5 does (fused); tied weights under either name.
       config: of `read_config`.
       dtype: of the result.
       shardings: tree of shardings, as `sharding.param_shardings` gives it.
@@ -162,11 +195,12 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
       BadDataError: a file is missing or damaged; a weight is missing, unknown, misshapen or of another dtype.
     """
     tensors = _split_experts(_open_tensors(folder), config)
-    if config.tied_embeddings and {_HEAD, _EMBEDDING} <= tensors.keys():
-        if not _equal(tensors.pop(_HEAD), tensors[_EMBEDDING]):
-            raise BadDataError(f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it.")
+    head = tensors.pop(_HEAD, None) if config.tied_embeddings else None
+    embedding = tensors.setdefault(_EMBEDDING, head) if head else None  # either name serves
     shapes, _ = abstract_params(config)
     _refuse_misfits(folder, tensors, shapes, config)
+    if head and embedding and head is not embedding and not _equal(head, embedding):
+        raise BadDataError(f"{folder}: config.json ties the head to the embedding, but {_HEAD} differs from it.")
 
     def load(path: _Keys, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> Array:
         leaf, names = _leaf(path, config), _names(path, config)
@@ -176,8 +210,8 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
         inner = sharding
         if isinstance(sharding, NamedSharding):
             inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
-        whole = jax.jit(functools.partial(jnp.zeros, spec.shape, dtype), out_shardings=sharding)()
-        put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+        zeros, put = _stacking(spec.shape, jnp.dtype(dtype), sharding)
+        whole = zeros()
         for index, name in names.items():
             # Nothing else holds the part, and it is waited for: the next tensor is read when this one is gone.
             part_of = functools.partial(_load_slice, leaf, tensors[name], spec.shape[depth:], dtype, inner)
@@ -194,7 +228,7 @@ def save_model(
     *,
     dtype: str,
     huggingface_config: Mapping[str, Any],
-    generation_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
     tokenizer_folder: Path,
     card: str,
     shard_bytes: int = SHARD_BYTES,
@@ -210,7 +244,8 @@ def save_model(
       config: their shape.
       dtype: "float32", "bfloat16" or "float16", of the written weights.
       huggingface_config: config.json, its dtype aside.
-      generation_config: generation_config.json.
+      generation_config: generation_config.json. None writes none, and transformers derives it from config.json; an
+        empty one would name no end token.
       tokenizer_folder: whose tokenizer files are copied.
       card: README.md.
       shard_bytes: longest safetensors file; where one is not enough, an index says which has what.
@@ -247,10 +282,11 @@ def save_model(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(place / _INDEX, index)
-        # transformers 4 reads torch_dtype, transformers 5 dtype.
-        about = {key: value for key, value in huggingface_config.items() if key != "torch_dtype"} | {"dtype": dtype}
-        write_json(place / "config.json", about)
-        write_json(place / "generation_config.json", generation_config)
+        # transformers 5 reads dtype; what is older, and tools that follow it, torch_dtype.
+        older = {"torch_dtype": dtype} if "torch_dtype" in huggingface_config else {}
+        write_json(place / "config.json", {**huggingface_config, "dtype": dtype, **older})
+        if generation_config is not None:
+            write_json(place / "generation_config.json", generation_config)
         write_text(place / "README.md", card)
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
@@ -280,7 +316,7 @@ def save_finetuned(folder: Path, params: Params, config: DecoderConfig, *, dtype
         config,
         dtype=dtype,
         huggingface_config=read_json(source / "config.json"),
-        generation_config=read_json(generation) if generation.is_file() else {},
+        generation_config=read_json(generation) if generation.is_file() else None,
         tokenizer_folder=source,
         card=card,
     )
@@ -300,12 +336,14 @@ class _Tensor:
     Attributes:
       file: safetensors.
       key: name in the file.
+      dtype: as safetensors calls it.
       shape: of the part.
       inside: one index or slice per leading axis of the stored tensor.
     """
 
     file: Path
     key: str
+    dtype: str
     shape: tuple[int, ...]
     inside: tuple[int | slice, ...] = ()
 
@@ -343,12 +381,7 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
             with safe_open(path, framework="numpy") as reader:
                 for key in reader.keys():
                     stored = reader.get_slice(key)
-                    if stored.get_dtype() not in _DTYPES:
-                        raise BadDataError(
-                            f"{path}: {key} is stored as {stored.get_dtype()}, but only float32, bfloat16 and float16 "
-                            "are read; convert the weights to one of them."
-                        )
-                    found[key] = _Tensor(path, key, tuple(stored.get_shape()))
+                    found[key] = _Tensor(path, key, stored.get_dtype(), tuple(stored.get_shape()))
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise BadDataError(f"{path} is damaged or incomplete ({error}); download or export it again.") from error
         if absent := sorted(wanted - found.keys()):
@@ -388,8 +421,14 @@ def _refuse_misfits(folder: Path, tensors: Mapping[str, _Tensor], shapes: Params
         for path, spec in _leaves(shapes)
         for index, name in _names(path, config).items()
     }
-    unknown = sorted(name for name in tensors.keys() - wanted if not name.endswith(_BUFFERS))
+    unknown = sorted(name for name in tensors.keys() - wanted if not _is_buffer(name, tensors[name]))
     missing = sorted(wanted.keys() - tensors.keys())
+    value_head = [name for name in unknown if name.startswith(_VALUE_HEADS)]
+    if value_head:
+        raise BadDataError(
+            f"{folder}: {_listed(value_head)} belong to a value head, which SAMI has no use for; drop them: save the "
+            "language model alone (of a TRL model, its `pretrained_model`), and give that folder."
+        )
     if unknown or missing:
         problems = [
             f"{kind}: {_listed(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
@@ -399,11 +438,20 @@ def _refuse_misfits(folder: Path, tensors: Mapping[str, _Tensor], shapes: Params
         )
     for name, shape in wanted.items():
         tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise BadDataError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}, but only float32, bfloat16 and float16 are read; "
+                "convert the weights to one of them."
+            )
         if tensor.shape != shape:
             raise BadDataError(
                 f"{tensor.file}: {name} has shape {tensor.shape}, but config.json implies {shape}; take both from one "
                 "model."
             )
+
+
+def _is_buffer(name: str, tensor: _Tensor) -> bool:
+    return name.endswith(_BUFFERS) or tensor.dtype == "BOOL"
 
 
 def _listed(names: list[str]) -> str:
@@ -446,6 +494,13 @@ def _flat(bounds: list[tuple[int, int]], shape: tuple[int, ...]) -> slice:
         raise ValueError(f"head_dim cannot be sharded: a stored matrix has it inside its heads ({bounds} of {shape}).")
     inner = math.prod(shape[1:])
     return slice(bounds[0][0] * inner, bounds[0][1] * inner)
+
+
+@functools.lru_cache(maxsize=256)  # the functions, so that another folder of this shape compiles nothing
+def _stacking(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> tuple[Callable, Callable]:
+    """Zeros of a shape, and `_put`, compiled for a sharding."""
+    zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    return zeros, jax.jit(_put, donate_argnums=0, out_shardings=sharding)
 
 
 def _put(whole: Array, part: Array, index: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.win_rates import Estimate
 from sami_jax.report.measures import METRICS, SPLIT_LABELS
-from sami_jax.run_directory import read_json, read_jsonl, read_log
+from sami_jax.run_directory import check_sealed, read_json, read_jsonl, read_log
 
 ESTIMATES = [key for metric in METRICS for key in (metric.key, metric.gain_key) if key]
 
@@ -184,6 +184,7 @@ def _fields(struct: Any, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_evaluation(path: Path, iteration: int) -> Evaluation:
+    check_sealed(path)
     raw = read_json(path)
     with _naming(path):
         names = sorted(raw["splits"], key=list(SPLIT_LABELS).index)
@@ -209,6 +210,7 @@ def _estimate(raw: Mapping[str, Any], name: str) -> Estimate:
 
 def _read_results(folder: Path) -> list[QueryResult]:
     path = folder / "eval" / "results.jsonl"
+    check_sealed(path)
     rows = read_jsonl(path)
     with _naming(path):
         return [_query_result(row) for row in rows]

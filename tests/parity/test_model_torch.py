@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -10,15 +11,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import doubles
 from ladder import rungs
+from sami_jax import stages
+from sami_jax.config import from_dict
+from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import make_model
 from sami_jax.model.huggingface import read_config, save_finetuned
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
-from tiny_models import load_float32
+from sami_jax.scoring import batch_widths, contrastive_logps, make_batch
+from sami_jax.types import Array, Params
+from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "goldens"))
+
+import make_families
 
 # Both sides are float32, which rounds at 6e-8 relative. Hidden states and logits are of size 1 to 5 here, and two
 # layers of sums in another order leave 4e-6.
@@ -95,6 +106,89 @@ def test_logits(folder, theirs):
     ours, expected = our_logits(folder), torch_logits(theirs)
     print(f"logits up to {np.abs(expected).max():.1f}; largest difference {np.abs(ours - expected).max():.2e}")
     assert_logits_close(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["mistral_full", "llama3"])
+def test_logits_at_8000_positions(family, tmp_path):
+    """Where the last bit of a rotary frequency, times the position, is a difference of its own."""
+    rope = {"rope_theta": 10000.0}
+    if family == "llama3":
+        rope |= FAMILIES[family][1]["rope_parameters"] | {
+            "rope_theta": 500000.0,
+            "original_max_position_embeddings": 512,
+        }
+    one = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 8192}
+    model = torch_model(family, rope_parameters={"rope_type": "default"} | rope, **one)
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 8000))
+    at = np.arange(7000, 8000)[None]
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens), logits_to_keep=1000).logits.numpy()
+    params = jax.tree.map(jnp.asarray, load_float32(tmp_path, config))
+    logits = jax.jit(make_model(config).score)(params, jnp.asarray(tokens, jnp.int32), jnp.asarray(at, jnp.int32))
+    print(f"{family}: largest difference {np.abs(logits - expected).max():.2e}")
+    # Angles of up to 8000 radians are float32 to 2.4e-4 on both sides alike; what is left is the order of sums.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text(family, tmp_path):
+    """Prompts of several lengths together, two end tokens, the second of which torch comes to."""
+    size = write_tokenizer(tmp_path, "byte_level", bos=True).get_vocab_size()
+    model = torch_model(family, vocab_size=size, max_position_embeddings=128)
+    model.save_pretrained(tmp_path)
+    prompts = ["The post", "Summaries should be concise. Summary:", "x"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+
+    def generated(prompt: str) -> list[int]:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)[0, ids.shape[1] :].tolist()
+
+    model.generation_config.eos_token_id = None
+    free = [generated(prompt) for prompt in prompts]
+    end = free[0][5]
+    model.generation_config.eos_token_id = [2, end]
+    model.save_pretrained(tmp_path)
+    config = from_dict({"sampling": {"max_new_tokens": 16, "stop": []}})
+    responses = stages.respond(stages.load_model(tmp_path, config), prompts, config.sampling, rows=4)
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = generated(prompt)
+        if ids[-1] in (2, end):
+            ids.pop()
+        assert response.finished == (len(ids) < 16)
+        assert response.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert list(response.ids) == ids[: len(response.ids)]
+        assert tokenizer.decode(ids[len(response.ids) :]).isspace() or len(response.ids) == len(ids)
+    assert len(responses[0].ids) <= 5 and len(set(free[1])) > 2
+
+
+def test_gradients(folder, tmp_path):
+    """Of the loss, leaf by leaf, for ragged pairs in one padded batch."""
+    queries = make_families.make_ids(np.random.default_rng(5))[:3]
+    model = loaded(folder)
+    make_families.sami_loss(model, queries).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(gradients[name])
+    model.save_pretrained(tmp_path)  # to be read back under our names, in our shapes
+    config = read_config(folder)
+    expected, params = load_float32(tmp_path, config), load_float32(folder, config)
+    pairs = [doubles.pair(query["prompts"], query["responses"]) for query in queries]
+    width, response_width = batch_widths(pairs, round_to=4, eos_id=None)
+    batch = jax.tree.map(jnp.asarray, make_batch(pairs, width=width, response_width=response_width, eos_id=None))
+    score = make_model(config).score
+
+    def loss(params: Params) -> Array:
+        return jnp.mean(jax.vmap(sami_loss)(contrastive_logps(score, params, batch, normalize="mean")).loss)
+
+    ours = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params))
+    for (path, mine), torchs in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        largest = float(np.abs(torchs).max())
+        assert largest > 1e-4
+        # Sums of some hundred float32 terms, in another order: of the size of the leaf's largest entry.
+        np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
 
 
 def test_the_window_is_felt():

@@ -84,6 +84,7 @@ def run_config(**train: Any) -> RunConfig:
         "steps": (STEPS,),
         "queries_per_step": QUERIES_PER_STEP,
         "micro_batch_queries": QUERIES_PER_STEP,
+        "passes": STEPS * QUERIES_PER_STEP / N_PAIRS,
         "round_tokens_to": 8,
     }
     return from_dict({"seed": SEED, "iterations": 1, "train": settings | train})

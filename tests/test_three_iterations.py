@@ -1,0 +1,109 @@
+"""Three iterations of a tiny model, in this process: which model each of them samples from, trains and evaluates."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sami_jax import iterations, stages
+from sami_jax.config import RunConfig, from_dict
+from sami_jax.data.prompts import render
+from sami_jax.model.config import config_to_huggingface
+from sami_jax.model.huggingface import save_model
+from sami_jax.run_directory import read_json, read_jsonl
+from tiny_models import random_params, tiny_config, write_tokenizer
+
+LEARNING_RATE = 0.01  # of single AdamW steps: each weight moves by about so much, and what is sampled changes
+POSTS = {f"q{i}": f"Post {i}" for i in range(80)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[RunConfig, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("run")
+    size = write_tokenizer(folder / "tokenizer", "byte_level", bos=True).get_vocab_size()
+    shape = tiny_config(vocab_size=size, max_positions=256)
+    save_model(
+        folder / "model",
+        random_params(shape),
+        shape,
+        dtype="float32",
+        huggingface_config=config_to_huggingface(shape, bos_token_id=1, eos_token_id=2),
+        generation_config={"eos_token_id": list(range(2, size, 6))},  # a random model ends its responses by chance only
+        tokenizer_folder=folder / "tokenizer",
+        card="# Tiny\n",
+    )
+    queries = [json.dumps({"example_id": name, "text": text}) + "\n" for name, text in POSTS.items()]
+    (folder / "train.jsonl").write_text("".join(queries[4:]))
+    (folder / "evaluation.jsonl").write_text("".join(queries[:4]))
+    principles = [{"name": n, "definition": f"Be {n}.", "antithesis": f"Do not be {n}."} for n in ("brief", "kind")]
+    (folder / "principles.json").write_text(json.dumps(principles))
+    template = "{constitution}\n{query}:"
+    config = from_dict(
+        {
+            "model": str(folder / "model"),
+            "queries": {"train": str(folder / "train.jsonl"), "evaluation": str(folder / "evaluation.jsonl")},
+            "constitutions": {"principles": str(folder / "principles.json")},
+            "prompts": {"generation": template, "training": template},
+            "sampling": {"max_new_tokens": 24, "stop": [], "chunk_queries": 8, "round_prompt_tokens_to": 64},
+            # Whatever a random model writes is good enough.
+            "filters": {"placeholders": [], "sentence_ends": "".join(map(chr, range(33, 0x800))) + "\ufffd"},
+            "train": {
+                "steps": [1, 1, 1],
+                "queries_per_step": 2,
+                "learning_rate": LEARNING_RATE,
+                "round_tokens_to": 64,
+                "remat": "none",
+            },
+        }
+    )
+    iterations.run(config, folder / "run", say=lambda sentence: None)
+    return config, folder / "run"
+
+
+def model_of(run, iteration: int) -> pathlib.Path:
+    """The folder of an iteration's model; the base is iteration 0's."""
+    config, workdir = run
+    return workdir / f"iter_{iteration:03d}" / "export" if iteration else pathlib.Path(config.model)
+
+
+def answers_of(run, iteration: int, records: list[dict]) -> list[list[str]]:
+    """What an iteration's model answers to the tasks of some records."""
+    config, _ = run
+    prompts = [
+        render(config.prompts.generation, constitution=text, query=POSTS[record["example_id"]])
+        for record in records
+        for text in record["constitutions"]
+    ]
+    loaded = stages.load_model(model_of(run, iteration), config)
+    texts = [r.text for r in stages.respond(loaded, prompts, config.sampling, rows=16)]
+    return [texts[i : i + 2] for i in range(0, len(texts), 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [1, 2, 3])
+def test_samples_come_from_the_previous_iterations_model(run, iteration):
+    records = read_jsonl(run[1] / f"iter_{iteration:03d}" / "sample" / "chunks" / "00000.jsonl")
+    sampled = [[response["text"] for response in record["responses"]] for record in records]
+    found = [number for number in range(4) if answers_of(run, number, records) == sampled]
+    assert found == [iteration - 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [0, 1, 2, 3])
+def test_each_iterations_own_model_is_evaluated(run, iteration):
+    records = read_jsonl(run[1] / f"iter_{iteration:03d}" / "eval" / "results.jsonl")
+    evaluated = [record["responses"] for record in records]
+    assert [number for number in range(4) if answers_of(run, number, records) == evaluated] == [iteration]
+    assert read_json(run[1] / f"iter_{iteration:03d}" / "eval" / "summary.json")["iteration"] == iteration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [1, 2, 3])
+def test_every_iteration_trains_the_base(run, iteration):
+    """One step of AdamW moves a weight by the learning rate at most, and by the decay of 0.01 of it."""
+    before, after = (load_file(model_of(run, number) / "model.safetensors") for number in (0, iteration))
+    moved = max(float(np.abs(after[name] - before[name]).max()) for name in before)
+    largest = max(float(np.abs(weights).max()) for weights in before.values())
+    assert 0.9 * LEARNING_RATE < moved < LEARNING_RATE * (1 + 0.01 * largest) * 1.001
