@@ -4,6 +4,7 @@ A stage reads files, writes files, and counts as done only when its DONE.json st
 the size and SHA-256 of its outputs. Stages are pure in (inputs, seed), so a kill between outputs and seal is harmless.
 """
 
+import collections
 import contextlib
 import fcntl
 import functools
@@ -160,8 +161,7 @@ class _DuplicateKey(Exception):
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(items)
     if len(value) < len(items):
-        keys = [key for key, _ in items]
-        twice = next(key for key in value if keys.count(key) > 1)
+        [(twice, _)] = collections.Counter(key for key, _ in items).most_common(1)
         raise _DuplicateKey(f"the key {twice!r} stands twice in one object; remove or rename one of the two.")
     return value
 

@@ -213,13 +213,21 @@ class TestSettingsReachTheModel:
         mean, total = (self.scores(model, pairs, train={"normalize": name}) for name in ("mean", "sum"))
         np.testing.assert_allclose(total, mean * lengths[:, None, :], rtol=1e-5)
 
-    def test_remat(self, model):
+    def program(self, model, config: RunConfig) -> str:
+        """The jaxpr of `score` with float32 parameters."""
+        params = abstract_params(read_config(model))[0]
         arguments = np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32)
-        programs = {}
-        for remat in ("none", "dots", "full"):
-            score = stages.open_model(model, config_of(remat=remat)).model.score
-            params = abstract_params(read_config(model))[0]
-            programs[remat] = str(jax.make_jaxpr(score)(params, *arguments))
+        return str(jax.make_jaxpr(stages.open_model(model, config).model.score)(params, *arguments))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_compute_dtype_of_activations_and_weights(self, model, dtype):
+        config = dataclasses.replace(config_of(), compute_dtype=dtype)
+        assert ("bf16[" in self.program(model, config)) == (dtype == "bfloat16")
+        weights = jax.tree.leaves(stages.load_model(model, config).params)
+        assert {weight.dtype.name for weight in weights} == {dtype}
+
+    def test_remat(self, model):
+        programs = {remat: self.program(model, config_of(remat=remat)) for remat in ("none", "dots", "full")}
         assert "remat" not in programs["none"]
         assert "policy=None" in programs["full"] and "policy=DotsSaveable" in programs["dots"]
 

@@ -1,7 +1,9 @@
 """Three iterations of a tiny model, in this process: which model each of them samples from, trains and evaluates."""
 
 import json
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file
 from sami_jax import iterations, stages
 from sami_jax.config import RunConfig, from_dict
 from sami_jax.data.prompts import render
+from sami_jax.errors import BadDataError
 from sami_jax.model.config import config_to_huggingface
 from sami_jax.model.huggingface import save_model
 from sami_jax.run_directory import read_json, read_jsonl
@@ -97,6 +100,26 @@ def test_each_iterations_own_model_is_evaluated(run, iteration):
     evaluated = [record["responses"] for record in records]
     assert [number for number in range(4) if answers_of(run, number, records) == evaluated] == [iteration]
     assert read_json(run[1] / f"iter_{iteration:03d}" / "eval" / "summary.json")["iteration"] == iteration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_bit_flipped_in_a_sealed_export_is_noticed_before_it_is_used(run, tmp_path, keep_time):
+    config, workdir = run[0], tmp_path / "run"
+    shutil.copytree(run[1], workdir)
+    weights = workdir / "iter_002" / "export" / "model.safetensors"
+    state, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1  # of a weight
+    weights.write_bytes(data)
+    says = r"iter_002/export/model.safetensors has other bytes than .*/DONE.json sealed"
+    if keep_time:
+        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+        shutil.rmtree(workdir / "iter_003" / "sample")  # which is made from that export
+    with pytest.raises(BadDataError, match=says):
+        iterations.run(config, workdir, say=lambda sentence: None)
+    with pytest.raises(BadDataError, match=says):
+        iterations.export_folder(workdir, 2, tmp_path / "out", dtype="float32", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

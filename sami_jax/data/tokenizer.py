@@ -52,10 +52,9 @@ class Tokenizer:
         """
         plain, whole = self._plain_ids("a"), list(self._backend("a")["input_ids"])
         places = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
-        twice = (
-            bool(plain) and plain == 2 * plain[: len(plain) // 2]
-        )  # a template that repeats the text does it in both
-        if len(places) != 1 or twice:
+        # A template that has the text twice in a row does so without its special tokens, too.
+        doubled = bool(plain) and plain == 2 * plain[: len(plain) // 2]
+        if len(places) != 1 or doubled:
             raise BadDataError(
                 f"the tokenizer's template turns a text of the ids {plain} into {whole}, which cannot be taken apart "
                 "into what goes in front, the text once, and what ends it; mend post_processor in tokenizer.json."
