@@ -320,7 +320,7 @@ def _with_files(config: RunConfig) -> RunConfig:
                 raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
             (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
     if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
-        stages.evaluation_tasks(config)
+        stages.evaluation_tasks(config)  # for what it refuses, before anything is written
     return config
 
 

@@ -252,11 +252,7 @@ def read_done(folder: Path) -> dict[str, Any]:
     done = read_json(folder / DONE)
     sealed_ns = (folder / DONE).stat().st_mtime_ns
     for output in done["outputs"]:
-        path = folder / output["path"]
-        if not path.is_file() or path.stat().st_size != output["bytes"]:
-            raise BadDataError(f"{path} is missing or has changed its size; delete {folder} to have it made anew.")
-        if path.stat().st_mtime_ns >= sealed_ns:
-            _check_bytes(folder, output)
+        _check_output(folder, output, unless_before_ns=sealed_ns)
     return done
 
 
@@ -274,25 +270,31 @@ def check_sealed(path: Path) -> None:
     """
     path = path.absolute()
     for folder in (path, path.parent):
-        if (folder / DONE).is_file() and _is_seal(read_json(folder / DONE)):
-            for output in read_done(folder)["outputs"]:
-                file = folder / output["path"]
-                if path == file or path in file.parents:
-                    _check_bytes(folder, output)
+        done = read_json(folder / DONE) if (folder / DONE).is_file() else None
+        for output in done["outputs"] if _is_seal(done) else ():
+            file = folder / output["path"]
+            if path == file or path in file.parents:
+                _check_output(folder, output, unless_before_ns=0)
 
 
 def _is_seal(value: Any) -> bool:
     return isinstance(value, dict) and {"inputs_sha256", "outputs", "fingerprint"} <= value.keys()
 
 
-def _check_bytes(folder: Path, output: dict[str, Any]) -> None:
+def _check_output(folder: Path, output: dict[str, Any], *, unless_before_ns: int) -> None:
+    """Refuses a sealed file that is not as it was; its bytes are not read where its time lies before another one."""
     path = folder / output["path"]
+    remedy = (
+        f"Bring it back from a copy, or delete {folder} to have it made anew; in a copy of your own that you have "
+        f"changed, delete {DONE} alone."
+    )
+    if not path.is_file() or path.stat().st_size != output["bytes"]:
+        raise BadDataError(f"{path} is missing or has changed its size since it was sealed. {remedy}")
     state = path.stat()
+    if state.st_mtime_ns < unless_before_ns:
+        return
     if _hash_in_state(path, state.st_size, state.st_mtime_ns) != output["sha256"]:
-        raise BadDataError(
-            f"{path} has other bytes than {folder / DONE} sealed. Bring it back from a copy, or delete {folder} to "
-            f"have it made anew; in a copy of your own that you have changed, delete {DONE}."
-        )
+        raise BadDataError(f"{path} has other bytes than {folder / DONE} sealed. {remedy}")
 
 
 @functools.lru_cache(maxsize=65536)
