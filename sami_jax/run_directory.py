@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
 
@@ -277,7 +277,7 @@ def check_sealed(path: Path) -> None:
                 _check_output(folder, output, unless_before_ns=0)
 
 
-def _is_seal(value: Any) -> bool:
+def _is_seal(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and {"inputs_sha256", "outputs", "fingerprint"} <= value.keys()
 
 
