@@ -266,8 +266,9 @@ def _generate(arguments: argparse.Namespace) -> None:
             raise BadDataError(f"{arguments.prompts}, entry {number}: expected an object with a non-empty prompt.")
     if not records:
         raise BadDataError(f"{arguments.prompts} holds no prompts.")
-    loaded = stages.load_model(fetch_model(arguments.model), config)
-    stages.check_prompts(loaded, [record["prompt"] for record in records], config.sampling)
+    opened = stages.open_model(fetch_model(arguments.model), config)
+    stages.check_prompts(opened, [record["prompt"] for record in records], config.sampling)
+    loaded = opened.loaded(config.compute_dtype)
     progress = Progress("sampling", len(records), unit="prompts")
     lines = []
     for start in range(0, len(records), arguments.rows):
@@ -287,8 +288,10 @@ def _score(arguments: argparse.Namespace) -> None:
         overrides = {**overrides, "train.normalize": arguments.normalize}
     config = load_config(arguments.config, overrides)
     from sami_jax import run_directory, stages
+    from sami_jax.data.pairs import read_entries
     from sami_jax.model.hub import fetch_model
 
+    read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
     lines, summary = stages.score_file(config, model=fetch_model(arguments.model), pairs=arguments.pairs)
     if arguments.out:
         run_directory.write_jsonl(arguments.out, lines)
@@ -304,8 +307,10 @@ def _train(arguments: argparse.Namespace) -> None:
             "config.iterations must be 1 here; a pairs file is one iteration's. Use `sami run` for more."
         )
     from sami_jax import iterations
+    from sami_jax.data.pairs import read_entries
     from sami_jax.model.hub import fetch_model
 
+    read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
     model = fetch_model(arguments.model)
     print(iterations.train_folder(config, model=model, pairs=arguments.pairs, out=arguments.out))
 

@@ -1,6 +1,7 @@
 """Settings of a run: ml_collections files and command-line overrides become frozen, validated dataclasses."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -351,9 +352,13 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
 def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     value = _typed(name, value, field.type)
     lowest, above, below, choices = (field.metadata[key] for key in ("at_least", "above", "below", "choices"))
-    numbers = [value] if isinstance(value, int | float) else []
-    if any(not math.isfinite(number) for number in numbers):
-        raise BadConfigError(f"{name} is {value!r}; it must be finite.")
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float) and not math.isfinite(item):
+            raise BadConfigError(f"{name} is {value!r}; it must be finite.")
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise BadConfigError(f"{name} is a number of {len(str(abs(item)))} digits; it must fit 64 bits.")
+        if isinstance(item, str) and any("\ud800" <= character <= "\udfff" for character in item):
+            raise BadConfigError(f"{name} is {value!r}, which is no text: it holds half of a surrogate pair.")
     if lowest is not None and value < lowest:
         raise BadConfigError(f"{name} is {value!r}; it must be at least {lowest}.")
     if above is not None and value <= above:
@@ -384,10 +389,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, _Text):
         try:
             value = parse(str(value))
-        except (ValueError, KeyError, SyntaxError, TypeError):
+        except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError):
             raise problem from None
     if kind is float and type(value) is int:
-        return float(value)
+        with contextlib.suppress(OverflowError):  # `_check` says that it is too long
+            return float(value)
     origin = typing.get_origin(kind)
     if origin is tuple:
         value = tuple(value) if isinstance(value, list) else value

@@ -31,8 +31,8 @@ from sami_jax.types import Array, Params, ScoreFn, TrainState
 BOS, EOS = "<s>", "</s>"
 
 # What decides a bit of the weights or the data: draws, texts, ids, loss, model, and the order they are stored in. What
-# else this file imports carries (run_directory, checkpoints), names (config, types, errors), shows (progress) or is not
-# used by a dense model on one device (sharding, experts).
+# else this file imports keeps (run_directory, json_text, checkpoints), names (config, types, errors), shows (progress)
+# or is not used by a dense model on one device (sharding, experts).
 _SOURCES = (
     "pretraining.py seeds.py losses.py data/miniature.py data/principles.py data/constitutions.py data/prompts.py "
     "data/queries.py data/tokenizer.py model/config.py model/layers.py model/decoder.py model/huggingface.py"

@@ -4,7 +4,6 @@ A stage reads files, writes files, and counts as done only when its DONE.json st
 the size and SHA-256 of its outputs. Stages are pure in (inputs, seed), so a kill between outputs and seal is harmless.
 """
 
-import collections
 import contextlib
 import fcntl
 import functools
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
+from sami_jax.json_text import UnusableJsonError, parse_json
 
 DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
@@ -139,46 +139,32 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads one JSON value.
+    """Reads one JSON value, with or without a byte-order mark in front.
 
     Raises:
-      BadDataError: the file, and the line where it stops being JSON, or the key that stands twice in an object.
+      BadDataError: the file, the line, and what cannot be used there (see `json_text.parse_json`).
     """
-    with _readable(path):
-        text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise BadDataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    except _DuplicateKey as error:
-        raise BadDataError(f"{path}: {error}") from error
+        return parse_json(_text(path))
+    except UnusableJsonError as error:
+        where = path if error.line is None else f"{path}, line {error.line}"
+        raise BadDataError(f"{where}: {error.reason}.") from error
 
 
-class _DuplicateKey(Exception):
-    """An object of a JSON text has a key twice; json would keep the last in silence."""
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(items)
-    if len(value) < len(items):
-        [(twice, _)] = collections.Counter(key for key, _ in items).most_common(1)
-        raise _DuplicateKey(f"the key {twice!r} stands twice in one object; remove or rename one of the two.")
-    return value
+def _text(path: Path) -> str:
+    with _readable(path):
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte-order mark in front
 
 
 def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON value a line; empty lines are skipped. Raises BadDataError as `read_json`, naming the line."""
     records = []
-    with _readable(path):
-        lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                records.append(json.loads(line, object_pairs_hook=_unique))
-            except json.JSONDecodeError as error:
-                raise BadDataError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
-            except _DuplicateKey as error:
-                raise BadDataError(f"{path}, line {number}: {error}") from error
+                records.append(parse_json(line))
+            except UnusableJsonError as error:
+                raise BadDataError(f"{path}, line {number}: {error.reason}.") from error
     return records
 
 
@@ -187,9 +173,9 @@ def read_log(path: Path) -> list[Any]:
     records = []
     # A kill may tear a character, too; the line it stands in is no JSON then, whatever takes the character's place.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(UnusableJsonError):
             if line.strip():
-                records.append(json.loads(line))
+                records.append(parse_json(line))
     return records
 
 
@@ -250,6 +236,8 @@ def read_done(folder: Path) -> dict[str, Any]:
       BadDataError: there is none, or an output is missing, cut, or was changed after the seal.
     """
     done = read_json(folder / DONE)
+    if not _is_seal(done):
+        raise BadDataError(f"{folder / DONE} is no seal; delete {folder} to have it made anew.")
     sealed_ns = (folder / DONE).stat().st_mtime_ns
     for output in done["outputs"]:
         _check_output(folder, output, unless_before_ns=sealed_ns)

@@ -83,6 +83,10 @@ class OpenModel:
         shardings = jax.tree.map(lambda spec: spec.sharding, sharded_params(self.model.config, self.mesh, dtype))
         return load_params(self.folder, self.model.config, dtype=jnp.dtype(dtype), shardings=shardings)
 
+    def loaded(self, dtype: Dtype) -> "LoadedModel":
+        """The model with its weights in memory. Raises BadDataError as `load` does."""
+        return LoadedModel(self.folder, self.model, self.tokenizer, self.end_ids, self.mesh, self.load(dtype))
+
     def state(self, train: TrainConfig) -> TrainState:
         """What a training of it has for a state, none of it in memory."""
         return abstract_state(sharded_params(self.model.config, self.mesh, train.weights_dtype), make_optimizer(train))
@@ -129,9 +133,7 @@ def open_model(folder: Path, config: RunConfig) -> OpenModel:
 
 def load_model(folder: Path, config: RunConfig) -> LoadedModel:
     """`open_model`, and its weights in memory, in the dtype they are computed in."""
-    opened = open_model(folder, config)
-    params = opened.load(config.compute_dtype)
-    return LoadedModel(opened.folder, opened.model, opened.tokenizer, opened.end_ids, opened.mesh, params)
+    return open_model(folder, config).loaded(config.compute_dtype)
 
 
 def folder_hash(folder: Path) -> str:
@@ -145,17 +147,17 @@ def folder_hash(folder: Path) -> str:
     return run_directory.content_hash([[name, run_directory.file_hash(folder / name)] for name in model_files(folder)])
 
 
-def check_prompts(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
+def check_prompts(opened: OpenModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
     """The prompts' token ids. Raises BadDataError where one has none, or may not fit with its response."""
-    ids = [loaded.tokenizer.prompt_ids(prompt) for prompt in prompts]
-    limit = loaded.model.config.max_positions
+    ids = [opened.tokenizer.prompt_ids(prompt) for prompt in prompts]
+    limit = opened.model.config.max_positions
     for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
         if not row:
             raise BadDataError(f"Prompt {number} has no tokens; remove it.")
-        if max(row) >= loaded.model.config.vocab_size:
+        if max(row) >= opened.model.config.vocab_size:
             raise BadDataError(
-                f"Prompt {number} has token ids beyond the model's vocabulary of {loaded.model.config.vocab_size}; the "
-                f"tokenizer and the weights in {loaded.folder} do not belong together."
+                f"Prompt {number} has token ids beyond the model's vocabulary of {opened.model.config.vocab_size}; the "
+                f"tokenizer and the weights in {opened.folder} do not belong together."
             )
         if len(row) + config.max_new_tokens > limit:
             raise BadDataError(
@@ -206,15 +208,16 @@ def score_file(config: RunConfig, *, model: Path, pairs: Path) -> tuple[list[dic
       BadDataError: model or pairs cannot be used.
       NonFiniteError: a log-prob is NaN or infinite.
     """
-    loaded = load_model(model, config)
-    shape = loaded.model.config
+    opened = open_model(model, config)
+    shape = opened.model.config
     data = read_pairs(
         pairs,
-        loaded.tokenizer,
+        opened.tokenizer,
         boundary=config.prompts.boundary,
         max_positions=shape.max_positions,
         vocab_size=shape.vocab_size,
     )
+    loaded = opened.loaded(config.compute_dtype)
     matrices = score_all(loaded, loaded.params, data, config, progress=Progress("scoring", len(data), unit="queries"))
     bad = [pair.example_id for pair, logps in zip(data, matrices, strict=True) if not np.isfinite(logps).all()]
     if bad:

@@ -136,6 +136,7 @@ def test_score_gives_matrix_loss_and_bound(model, tmp_path, capsys):
         ("", ("line 1", "not valid JSON")),
         ('{"0": [', ("not valid JSON",)),
         ({}, ("holds no pairs",)),
+        ('{"0":\n[{"prompt": "a", "score": Infinity}]}', ("line 2", "Infinity is no finite number")),
         ([], ("one key per query",)),
         ({"0": []}, ("query '0'", "at least two")),
         ({"0": entries()["0"], "1": entries()["0"] * 2}, ("query '1'", "4 constitutions")),
@@ -210,6 +211,8 @@ def test_nan_logps_are_70_and_name_the_queries(copy, tmp_path, capsys):
         ("", ("holds no prompts",)),
         ('{"prompt": "a"}\n{"prompt": 3}\n', ("entry 2",)),
         ('{"prompt": "a"}\n{"prompt"\n', ("line 2", "not valid JSON")),
+        ('{"prompt": "a"}\n{"prompt": "x", "score": NaN}\n', ("prompts.jsonl, line 2", "NaN is no finite number")),
+        ('{"prompt": "half a \\ud83d"}\n', ("prompts.jsonl, line 1", "half of a surrogate pair")),
         (json.dumps({"prompt": "word " * 300}), ("Prompt 1", "256 positions")),
     ],
 )  # fmt: skip
@@ -218,3 +221,31 @@ def test_bad_prompts_are_65_and_name_the_entry(prompts, says, model, tmp_path, c
     short = "--config.sampling.max_new_tokens=8"
     fails(capsys, 65, "generate", f"--model={model}", f"--prompts={path}", f"--out={out}", short, says=says)
     assert not out.exists()
+
+
+def test_bad_files_are_refused_before_a_model_is_looked_for(tmp_path, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "x", "score": NaN}')
+    pairs = write(tmp_path / "pairs.json", '{"0": [NaN]}')
+    nowhere = "--model=./nowhere"
+    says = ("line 1: NaN is no finite number of 64 bits",)
+    fails(capsys, 65, "generate", nowhere, f"--prompts={prompts}", f"--out={tmp_path / 'o'}", says=says)
+    fails(capsys, 65, "score", nowhere, f"--pairs={pairs}", says=says)
+    fails(capsys, 65, "train", nowhere, f"--pairs={pairs}", f"--out={tmp_path / 'o'}", says=says)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ("NaN", ("config.json, line 3: NaN is no finite number",)),
+        ("1" * 5000, ("config.json, line 3: a number of 5000 characters",)),
+        ("[" * 3000 + "]" * 3000, ("config.json, line 3", "more than 100 lists")),
+        ("1" + "0" * 40, ("config.json: hidden_size is 1000", "whole number from 1 to 2147483647")),
+    ],
+)
+def test_a_config_json_that_cannot_be_used_is_65(changes, says, copy, tmp_path, capsys):
+    pairs, config = write(tmp_path / "pairs.json", entries()), json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        f'{{"a": 1,\n"b": 2,\n"hidden_size": {changes},\n'
+        + json.dumps({k: v for k, v in config.items() if k != "hidden_size"})[1:]
+    )
+    fails(capsys, 65, "score", f"--model={copy}", f"--pairs={pairs}", says=says)

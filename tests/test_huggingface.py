@@ -253,8 +253,14 @@ def test_config_round_trip(name):
         ({"model_type": "qwen2"}, "'qwen2'"),
         ({"model_type": "gemma"}, "'gemma'"),
         ({"num_key_value_heads": 0, "vocab_size": -1}, "vocab_size is -1"),
-        ({"sliding_window": "wide"}, "a size is not a number"),
+        ({"sliding_window": "wide"}, "sliding_window is 'wide'; it must be a whole number"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type is \\['llama'\\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"rope_parameters": None, "rope_theta": "wide"}, "rope_theta is 'wide'; it must be a number above 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; it must be a number above 0"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True; it must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": "8"}}, "factor is '8'; it must be a number above 0"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "factor"),  # beside rope_parameters: which holds?
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "key 'factor' is missing"),
@@ -276,11 +282,18 @@ def test_arithmetic_this_decoder_does_not_do_is_refused(folder, changes, named):
         read_config(folder)
 
 
-@pytest.mark.parametrize("value", ["wide", None, [], 0])
-def test_a_size_that_is_none_is_refused(folder, value):
-    edit_config(folder, num_attention_heads=value)
-    with pytest.raises(BadDataError, match="config.json: a size is not a number|n_heads is 0"):
+@pytest.mark.parametrize("value", ["wide", None, [], 0, 2.5, True, 2**31, 10**300])
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_hidden_layers"])
+def test_a_size_that_is_none_is_refused(folder, key, value):
+    edit_config(folder, **{key: value})
+    with pytest.raises(BadDataError, match=f"config.json: {key} is .*; it must be a whole number from 1 to 2147483647"):
         read_config(folder)
+
+
+def test_a_whole_number_may_be_written_as_a_float(folder):
+    before = read_config(folder)
+    edit_config(folder, num_attention_heads=float(before.n_heads), rope_theta=int(before.rope_theta))
+    assert read_config(folder) == before
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])

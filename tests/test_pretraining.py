@@ -349,7 +349,17 @@ def test_the_folder_is_named_by_all_that_decides_the_bytes_and_by_nothing_else(t
         ahead |= imported_modules(name, SOURCES[name], set(SOURCES)) - reached
     # A module that pretraining comes to stand on is to be hashed, or to be named here, for it decides no byte.
     assert reached - found == {
-        *("checkpoints", "run_directory", "config", "types", "errors", "processes", "progress", "sharding"),
+        *(
+            "checkpoints",
+            "run_directory",
+            "json_text",
+            "config",
+            "types",
+            "errors",
+            "processes",
+            "progress",
+            "sharding",
+        ),
         "model.moe",
     }
     assert found & set(SOURCES) <= reached

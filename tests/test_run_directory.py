@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,49 @@ class TestReading:
         with pytest.raises(BadDataError, match=r"a.jsonl, line 2: the key 'a' stands twice"):
             read_jsonl(tmp_path / "a.jsonl")
 
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            ("NaN", "NaN is no finite number of 64 bits"),
+            ("-Infinity", "-Infinity is no finite"),
+            ("1e999", "1e999 is no finite"),
+            ("1" * 5000, "a number of 5000 characters is no finite"),
+            ("1" * 400, "a number of 400 characters is no finite"),
+            (r'"half a \ud83d"', r"holds \ud83d, half of a surrogate pair"),
+            (r'{"\ude00\ud83d": 1}', r"holds \ude00, half of a surrogate pair"),
+            ("[" * 3000 + "]" * 3000, "more than 100 lists and objects inside one another"),
+            ('{"a":' * 101 + "1" + "}" * 101, "more than 100 lists"),
+        ],
+    )
+    def test_what_cannot_be_used_or_written_is_refused_with_its_line(self, tmp_path, value, reason):
+        (tmp_path / "a.json").write_text('{"a": ["[NaN, 1e999",\n 1.5e-3],\n "b": ' + value + "}")
+        with pytest.raises(BadDataError, match=f"a.json, line 3: .*{re.escape(reason)}"):
+            read_json(tmp_path / "a.json")
+        (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"b": ' + value + "}\n")
+        with pytest.raises(BadDataError, match="a.jsonl, line 3: "):
+            read_jsonl(tmp_path / "a.jsonl")
+
+    def test_what_only_looks_like_it_is_read_and_written(self, tmp_path):
+        text = (
+            r'{"a": "\ud83d\ude00 \\ud83d NaN \"1e999\" ' + "[" * 200 + '", "b": [[], -1e-300, 12345678901234567890]}'
+        )
+        (tmp_path / "a.json").write_text(text)
+        value = read_json(tmp_path / "a.json")
+        assert value == json.loads(text) and value["a"].startswith("\U0001f600 \\ud83d NaN")
+        write_json(tmp_path / "b.json", value)
+        deepest = json.loads("[" * 100 + "]" * 100)
+        write_jsonl(tmp_path / "b.jsonl", [value, deepest])
+        assert read_json(tmp_path / "b.json") == value and read_jsonl(tmp_path / "b.jsonl") == [value, deepest]
+
+    def test_a_byte_order_mark_in_front_is_none_of_the_text(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}\r\n{"a": 2}\r\n')
+        assert read_jsonl(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+        (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
+        assert read_json(tmp_path / "a.json") == [1]
+        (tmp_path / "two.jsonl").write_bytes(b"[1]\n\xef\xbb\xbf[2]\n")  # two such files put together
+        with pytest.raises(BadDataError, match="line 2: not valid JSON"):
+            read_jsonl(tmp_path / "two.jsonl")
+
     def test_only_newlines_end_a_record(self, tmp_path):
         # U+2028 and U+0085 are line ends to str.splitlines, and both occur in Reddit posts.
         records = [{"text": "a\u2028b\u0085c\x0bd"}, {"text": "e"}]
@@ -251,6 +295,11 @@ class TestSeal:
         check_sealed(tmp_path)
         (tmp_path / "DONE.json").write_text('"somebody else\'s"')
         check_sealed(tmp_path)
+
+    def test_a_seal_that_is_none_is_refused(self, tmp_path):
+        (tmp_path / "DONE.json").write_text("{}")
+        with pytest.raises(BadDataError, match=r"DONE.json is no seal; delete"):
+            sealed(tmp_path, inputs=1)
 
     def test_other_inputs_are_refused(self, tmp_path):
         begin(tmp_path, inputs={"rate": 1e-6})

@@ -62,32 +62,43 @@ def read_pairs(
       BadDataError: the file, the query's key, the entry, what is wrong and the remedy.
     """
     check_sealed(path)
+    pairs = []
+    for key, entries in read_entries(path).items():
+        where = f"{path}, query {key!r}"
+        pair = _to_pair(entries, tokenizer, boundary, where)
+        _check_fit(pair, where, max_positions=max_positions, vocab_size=vocab_size)
+        pairs.append(pair)
+    return pairs
+
+
+def read_entries(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """A pairs file as it stands, checked as far as no tokenizer is needed; see `read_pairs`.
+
+    Raises:
+      BadDataError: the file, the query's key, the entry, what is wrong and the remedy.
+    """
     queries = read_json(path)
     if not isinstance(queries, dict):
         raise BadDataError(f'{path}: expected an object with one key per query ("0", "1", ...).')
     if not queries:
         raise BadDataError(f"{path} holds no pairs.")
-    pairs: list[Pair] = []
+    count = None
     for key, entries in queries.items():
         where = f"{path}, query {key!r}"
         if not isinstance(entries, list) or len(entries) < 2:
             raise BadDataError(f"{where}: expected a list with one entry per constitution, at least two.")
         for constitution, entry in enumerate(entries):
             _check_entry(entry, f"{where}, entry {constitution}")
-        pair = _to_pair(entries, tokenizer, boundary, where)
-        if pairs and len(entries) != len(pairs[0].prompts):
-            raise BadDataError(
-                f"{where}: {len(entries)} constitutions, but the queries before it have {len(pairs[0].prompts)}."
-            )
-        _check_fit(pair, where, max_positions=max_positions, vocab_size=vocab_size)
-        pairs.append(pair)
-    return pairs
+        ids = [entry["example_id"] for entry in entries]
+        if len(set(ids)) != 1:
+            raise BadDataError(f"{where}: its entries have different example_ids {ids}; a query has one.")
+        count = count or len(entries)
+        if len(entries) != count:
+            raise BadDataError(f"{where}: {len(entries)} constitutions, but the queries before it have {count}.")
+    return queries
 
 
 def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, boundary: Boundary, where: str) -> Pair:
-    ids = [entry["example_id"] for entry in entries]
-    if len(set(ids)) != 1:
-        raise BadDataError(f"{where}: its entries have different example_ids {ids}; a query has one.")
     prompts, responses = (tuple(entry[key] for entry in entries) for key in ("prompt", "response"))
     response_ids = []
     for constitution, entry in enumerate(entries):
@@ -98,7 +109,7 @@ def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, boundary: 
             raise BadDataError(f"{where}, entry {constitution}: the response has no tokens; remove this query.")
         response_ids.append(tuple(tokens))
     prompt_ids = tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts)
-    return Pair(ids[0], prompts, responses, prompt_ids, tuple(response_ids))
+    return Pair(entries[0]["example_id"], prompts, responses, prompt_ids, tuple(response_ids))
 
 
 def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -> None:

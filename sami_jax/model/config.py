@@ -127,13 +127,26 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
         raise BadDataError(f"{source}: {error}") from error
     except KeyError as missing:
         raise BadDataError(f"{source}: the key {missing} is missing.") from missing
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadDataError(f"{source}: a size is not a number ({error}).") from error
+
+
+def _whole(value: Any, key: str) -> int:
+    """A size; what no device's memory is indexed by is none."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise BadDataError(f"{key} is {value!r}; it must be a whole number from 1 to 2147483647.")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < 2.0**63:
+        raise BadDataError(f"{key} is {value!r}; it must be a number above 0.")
+    return float(value)
 
 
 def _decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     model_type = config.get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise BadDataError(
             f"model_type is {model_type!r}; choose one of the families this version runs: {', '.join(_FAMILIES)}."
         )
@@ -147,26 +160,34 @@ def _decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         if not isinstance(config.get(key), dict | None):
             raise BadDataError(f"{key} is {config[key]!r}; it must be an object or null.")
         rope |= config.get(key) or {}
-    n_heads = int(config["num_attention_heads"])
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config[key] if default is None else config.get(key)
+        return default if default is not None and value is None else _whole(value, key)
+
+    embed_dim, n_heads = size("hidden_size"), size("num_attention_heads")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise BadDataError(f"tie_word_embeddings is {tied!r}; it must be true or false.")
     # An explicit null means none; what transformers takes where the key is left out differs by family.
     window = config.get("sliding_window", family.sliding_window) if model_type != "llama" else None
     return DecoderConfig(
         model_type=model_type,
-        vocab_size=int(config["vocab_size"]),
-        embed_dim=int(config["hidden_size"]),
-        n_layers=int(config["num_hidden_layers"]),
+        vocab_size=size("vocab_size"),
+        embed_dim=embed_dim,
+        n_layers=size("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // n_heads),
-        mlp_dim=int(config["intermediate_size"]),
-        n_experts=int(config["num_local_experts"]) if model_type == "mixtral" else None,
-        experts_per_token=int(config["num_experts_per_tok"]) if model_type == "mixtral" else None,
-        max_positions=int(config["max_position_embeddings"]),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
+        n_kv_heads=size("num_key_value_heads", n_heads),
+        head_dim=size("head_dim", embed_dim // n_heads),
+        mlp_dim=size("intermediate_size"),
+        n_experts=size("num_local_experts") if model_type == "mixtral" else None,
+        experts_per_token=size("num_experts_per_tok") if model_type == "mixtral" else None,
+        max_positions=size("max_position_embeddings"),
+        rope_theta=_number(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta, "rope_theta"),
         rope_scaling=_rope_scaling(rope),
-        norm_eps=float(config["rms_norm_eps"]),
-        sliding_window=None if window is None else int(window),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=_number(config["rms_norm_eps"], "rms_norm_eps"),
+        sliding_window=None if window is None else _whole(window, "sliding_window"),
+        tied_embeddings=tied,
     )
 
 
@@ -180,7 +201,9 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
             raise BadDataError(f"the rope setting {key}={rope[key]!r} is not supported with {kind!r}.")
     if kind == "default":
         return None
-    return RopeScaling(**{field: rope[key] for field, key in _LLAMA3_KEYS.items()})
+    factors = {field: _number(rope[key], key) for field, key in _LLAMA3_KEYS.items() if field != "original_positions"}
+    positions = _LLAMA3_KEYS["original_positions"]
+    return RopeScaling(**factors, original_positions=_whole(rope[positions], positions))
 
 
 def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eos_token_id: int | None) -> dict:
