@@ -257,8 +257,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from sami_jax import run_directory, stages
     from sami_jax.model.hub import fetch_model
+    from sami_jax.outputs import check_file
     from sami_jax.progress import Progress
 
+    check_file(arguments.out)
     records = run_directory.read_jsonl(arguments.prompts)
     for number, record in enumerate(records, start=1):
         prompt = record.get("prompt") if isinstance(record, dict) else None
@@ -279,7 +281,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             lines.append({**record, **said})
         progress.update(len(lines))
     run_directory.write_jsonl(arguments.out, lines)
-    print(f"{len(lines)} responses in {arguments.out}")
+    print(f"{len(lines)} responses in {arguments.out}", file=sys.stderr)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -290,7 +292,10 @@ def _score(arguments: argparse.Namespace) -> None:
     from sami_jax import run_directory, stages
     from sami_jax.data.pairs import read_entries
     from sami_jax.model.hub import fetch_model
+    from sami_jax.outputs import check_file
 
+    if arguments.out:
+        check_file(arguments.out)
     read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
     lines, summary = stages.score_file(config, model=fetch_model(arguments.model), pairs=arguments.pairs)
     if arguments.out:

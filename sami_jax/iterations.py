@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from sami_jax.data.queries import read_queries
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
 from sami_jax.model.hub import fetch_model, model_name
 from sami_jax.model.huggingface import find_weights, read_config
+from sami_jax.outputs import check_folder, refuse_file
 from sami_jax.pretraining import pretrain
 from sami_jax.report.page import write_report
 
@@ -59,17 +61,17 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
       BadConfigError: `out` was begun with other settings, model or pairs.
       BadDataError: model or pairs cannot be used.
     """
-    out = out.absolute()
-    folder = out.with_name(out.name + ".training")
+    refuse_file(out)
+    out = Path(os.path.realpath(out))
+    folder = out.with_name(f"{out.name}.training") if out.name else check_folder(out)
     read_config(model)
     inputs = [*_training_inputs(config), stages.folder_hash(model), run_directory.file_hash(pairs)]
     card = stages.model_card(config, 1, base=model_name(model))
     with run_directory.locked(folder), stop_on_signal() as safe_point:
         trained = run_directory.sealed(folder, inputs=inputs) is not None
-        if out.exists() and any(out.iterdir()):
-            if trained:
-                return out  # finished before; only a finished training writes there
-            raise BadDataError(f"{out} already holds files; choose another folder for the trained model.")
+        if trained and out.exists() and any(out.iterdir()):
+            return out  # finished before; only a finished training writes there
+        check_folder(out)
         if not trained:
             stages.train_stage(
                 config,
@@ -96,6 +98,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
     """
     read_config(model)
     config = _with_files(config)
+    run_directory.refuse_foreign(out)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
         base = Path(config.model)
@@ -132,12 +135,13 @@ def export_folder(workdir: Path, iteration: int, out: Path, *, dtype: str, verif
       NonFiniteError: a weight is not finite in `dtype`.
       SaveFailedError: the disk is full or not writable, or what was written gives other logits.
     """
+    out = check_folder(out)
     exported = workdir / f"iter_{iteration:03d}" / "export"
     if not (exported / run_directory.DONE).is_file():
         raise BadDataError(f"{workdir} has no finished export of iteration {iteration}; go on with `sami run` first.")
     run_directory.read_done(exported)
     config = from_dict(run_directory.read_json(workdir / "config.json"))
-    stages.convert(config, model=exported, out=out.absolute(), dtype=dtype, verify=verify)
+    stages.convert(config, model=exported, out=out, dtype=dtype, verify=verify)
     return out
 
 

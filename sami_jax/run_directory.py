@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sami_jax.errors import BadConfigError, BadDataError, RunInUseError, SaveFailedError
+from sami_jax.errors import BadConfigError, BadDataError, RunInUseError
 from sami_jax.json_text import UnusableJsonError, parse_json
+from sami_jax.outputs import check_folder, could_not_be_written, is_stream, refuse_file, write_stream
 
 DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
@@ -55,24 +56,30 @@ def _readable(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
+    A link stays, and what it leads to is replaced. A device or a pipe is written to.
+
     Raises:
       SaveFailedError: the disk is full or not writable.
     """
-    temporary = None
+    temporary, stream = None, is_stream(path)
+    target = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        if not stream:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        folder = None if stream else target.parent
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{target.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         yield temporary
+        if stream:
+            write_stream(path, temporary)
+            return
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
-        raise SaveFailedError(
-            f"{path} could not be written ({error}); free some space or choose another folder."
-        ) from error
+        raise could_not_be_written(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -85,11 +92,10 @@ def building(folder: Path) -> Iterator[Path]:
     What a killed process left of it is removed first.
 
     Raises:
-      BadDataError: `folder` holds files already.
+      BadDataError: `folder` is a file, or holds files already.
       SaveFailedError: the disk is full or not writable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadDataError(f"{folder} already holds files; choose another folder, or delete it yourself.")
+    folder = check_folder(folder)
     temporary = folder.parent / f".{folder.name}.building"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -104,9 +110,7 @@ def building(folder: Path) -> Iterator[Path]:
             folder.rmdir()
         temporary.rename(folder)
     except OSError as error:
-        raise SaveFailedError(
-            f"{folder} could not be written ({error}); free some space or choose another folder."
-        ) from error
+        raise could_not_be_written(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -179,14 +183,23 @@ def read_log(path: Path) -> list[Any]:
     return records
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raises BadDataError where a folder holds files and is no stage's: they would become its outputs."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found - {LOCK} and not found & {PLAN, DONE} and not all(name.endswith(".tmp") for name in found - {LOCK}):
+        raise BadDataError(f"{folder} already holds files; choose another folder, or delete it yourself.")
+
+
 def begin(folder: Path, *, inputs: Any) -> None:
     """Opens a stage that is not complete: what an earlier attempt left is continued, if it had the same inputs.
 
     Raises:
       BadConfigError: the folder holds the beginnings of other inputs.
+      BadDataError: it holds files that no stage began with.
     """
     plan = {"inputs_sha256": content_hash(inputs)}
     if not (folder / PLAN).exists():
+        refuse_foreign(folder)
         write_json(folder / PLAN, plan)
     elif read_json(folder / PLAN) != plan:
         raise _other_inputs(folder)
@@ -304,9 +317,16 @@ def locked(folder: Path) -> Iterator[None]:
     Where the block fails before anything else is in the folder, nothing is left of it.
 
     Raises:
+      BadDataError: it is a file.
       RunInUseError: another process holds it.
+      SaveFailedError: it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_file(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise could_not_be_written(folder, error) from error
     with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -249,3 +249,39 @@ def test_a_config_json_that_cannot_be_used_is_65(changes, says, copy, tmp_path, 
         + json.dumps({k: v for k, v in config.items() if k != "hidden_size"})[1:]
     )
     fails(capsys, 65, "score", f"--model={copy}", f"--pairs={pairs}", says=says)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "code", "says"),
+    [
+        ("generate", ".", 65, ". is a folder; name a file"),
+        ("generate", "/", 65, "/ is a folder"),
+        ("generate", "file/out", 74, "file/out could not be written"),
+        ("score", "/proc/out", 74, "/proc/out could not be written"),
+        ("train", "file", 65, "file is a file; name a folder"),
+        ("train", "/", 65, "/ already holds files"),
+        ("train", "full", 65, "full already holds files"),
+        ("evaluate", "file", 65, "file is a file; name a folder"),
+        ("evaluate", "full", 65, "full already holds files"),
+        ("export", "file", 65, "file is a file; name a folder"),
+        ("export", "full", 65, "full already holds files"),
+    ],
+)
+def test_an_out_that_cannot_be_written_is_noticed_before_the_work(
+    name, place, code, says, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("full").mkdir()
+    for path in ("file", "full/file"):
+        pathlib.Path(path).write_text("")
+    prompts, pairs = write(tmp_path / "prompts.jsonl", {"prompt": "a"}), write(tmp_path / "pairs.json", entries())
+    before = sorted(tmp_path.rglob("*"))
+    words = {
+        "generate": ["--model=./nowhere", f"--prompts={prompts}"],  # the model is not even looked for
+        "score": ["--model=./nowhere", f"--pairs={pairs}"],
+        "train": [f"--model={model}", f"--pairs={pairs}"],
+        "evaluate": [f"--model={model}", f"--config={CONFIG}"],
+        "export": ["--workdir=./nowhere", "--iteration=1"],
+    }
+    fails(capsys, code, name, *words[name], f"--out={place}", says=(says,))
+    assert sorted(tmp_path.rglob("*")) == before

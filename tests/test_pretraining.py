@@ -353,6 +353,7 @@ def test_the_folder_is_named_by_all_that_decides_the_bytes_and_by_nothing_else(t
             "checkpoints",
             "run_directory",
             "json_text",
+            "outputs",
             "config",
             "types",
             "errors",

@@ -82,6 +82,7 @@ class TestAtomicWrites:
         assert path.read_text() == "the new text"
 
     def test_killed_half_way_leaves_the_old_file_and_begin_clears_up(self, tmp_path):
+        begin(tmp_path, inputs=1)
         write_text(tmp_path / "value.txt", "old")
         code = (
             "import os, sys, pathlib\n"
@@ -301,6 +302,12 @@ class TestSeal:
         with pytest.raises(BadDataError, match=r"DONE.json is no seal; delete"):
             sealed(tmp_path, inputs=1)
 
+    def test_a_folder_of_something_else_is_refused_and_kept(self, tmp_path):
+        (tmp_path / ".precious.tmp.txt").write_text("")
+        with pytest.raises(BadDataError, match="already holds files"):
+            begin(tmp_path, inputs=1)
+        assert [path.name for path in tmp_path.iterdir()] == [".precious.tmp.txt"]
+
     def test_other_inputs_are_refused(self, tmp_path):
         begin(tmp_path, inputs={"rate": 1e-6})
         begin(tmp_path, inputs={"rate": 1e-6})  # the same go on
@@ -336,6 +343,14 @@ class TestLock:
         assert (tmp_path / "LOCK").exists()
         with locked(tmp_path):
             assert (tmp_path / "LOCK").read_text() == str(os.getpid())
+
+    def test_a_file_is_refused(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(BadDataError, match=r"file is a file; name a folder"), locked(tmp_path / "file"):
+            raise AssertionError
+        with pytest.raises(SaveFailedError, match=r"file/run could not be written"), locked(tmp_path / "file" / "run"):
+            raise AssertionError
+        assert (tmp_path / "file").read_text() == ""
 
     def test_is_free_after_use_and_after_a_failure(self, tmp_path):
         started = time.monotonic()

@@ -1,0 +1,113 @@
+"""Where results go: looked at before the work is done for them, and never replaced where it is more than a file."""
+
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from sami_jax.errors import BadDataError, SaveFailedError
+
+
+def check_file(path: Path) -> None:
+    """Refuses a path that no file can be written to, before the work; nothing is left of the trial.
+
+    Raises:
+      BadDataError: it is a folder, a socket or a disk.
+      SaveFailedError: it cannot be written.
+    """
+    if path.is_dir():
+        raise BadDataError(f"{path} is a folder; name a file.")
+    if is_stream(path):
+        mode = path.stat().st_mode
+        if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+            raise BadDataError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}; name a file.")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise could_not_be_written(path, "it is write-protected")
+    if not is_stream(path):
+        _try(path)
+
+
+def check_folder(path: Path) -> Path:
+    """The folder behind any links, which is missing or empty, and can be put there as a whole; nothing is left of the
+    trial.
+
+    Raises:
+      BadDataError: it is a file, or holds files.
+      SaveFailedError: it cannot be written.
+    """
+    folder = Path(os.path.realpath(path))
+    refuse_file(folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise BadDataError(f"{path} already holds files; choose another folder, or delete it yourself.")
+    except OSError as error:
+        raise could_not_be_written(path, error) from error
+    if folder.is_mount():
+        raise BadDataError(f"{path} is a mount point, which no finished folder can be moved to; name one inside it.")
+    _try(folder)
+    return folder
+
+
+def refuse_file(path: Path) -> None:
+    """Raises BadDataError where a folder is wanted and a file, or something else, is there."""
+    if path.exists() and not path.is_dir():
+        raise BadDataError(f"{path} is a file; name a folder.")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path leads to a device, a pipe, or a descriptor of a process such as /dev/stdout."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or _is_descriptor(path)
+
+
+def write_stream(path: Path, source: Path) -> None:
+    """Writes a file's bytes behind what a stream has got already."""
+    content = source.read_bytes()
+    if os.path.samestat(path.stat(), os.fstat(1)):
+        sys.stdout.flush()
+        descriptor = os.dup(1)  # its place in a file is that of whoever else prints there
+    else:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+
+
+def could_not_be_written(path: Path, reason: object) -> SaveFailedError:
+    """What to say of it."""
+    return SaveFailedError(f"{path} could not be written ({reason}); free some space or choose another place.")
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether a link on the way lies in /proc: behind it is what a process has open, whatever its name says."""
+    step = Path(os.path.abspath(path))
+    for _ in range(40):  # as many links as Linux follows
+        step = Path(os.path.realpath(step.parent), step.name)
+        if step.is_relative_to("/proc"):
+            return True
+        if not step.is_symlink():
+            return False
+        step = step.parent / step.readlink()
+    return False
+
+
+def _try(path: Path) -> None:
+    """Raises SaveFailedError where no file can be made beside a path. Missing folders are made, and removed again."""
+    path = Path(os.path.realpath(path))
+    missing = [folder for folder in path.parents if not folder.exists()]
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise could_not_be_written(path, error) from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
