@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sami_jax.config import RunConfig, describe_fields, load_config
+from sami_jax.config import RunConfig, describe_fields, load_config, no_local_path
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
 
 _EXIT_CODES = (
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     try:
         known.config_overrides = _overrides(rest, parser)
+        _refuse_unread(known)
         known.function(known)
     except (Exception, KeyboardInterrupt) as error:
         sentence = str(error)
@@ -60,6 +61,20 @@ def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str
     return overrides
 
 
+def _refuse_unread(known: argparse.Namespace) -> None:
+    """Refuses a setting that the command does not read: it would do nothing, in silence."""
+    exist = {name for name, _, _ in describe_fields()}
+    for name in known.config_overrides:
+        setting = f"config.{name}"
+        if not known.settings:
+            raise BadConfigError(f"{setting} is no setting of `sami {known.command}`, which has none; remove it.")
+        if setting in exist and not setting.startswith(known.settings):
+            raise BadConfigError(
+                f"`sami {known.command}` does not read {setting}; remove it (`sami {known.command} --help` lists what "
+                "it reads)."
+            )
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sami", description=__doc__ + " SAMI: arXiv:2404.14313.", epilog=_EXIT_CODES, allow_abbrev=False
@@ -73,8 +88,10 @@ def _build_parser() -> argparse.ArgumentParser:
         "sami run --config=configs/miniature.py --workdir=runs/miniature --config.train.kl_beta=0",
         _run,
     )
-    run.add_argument("--config", help="config file, path.py or path.py:argument; left out: go on with --workdir's")
-    run.add_argument("--workdir", required=True, type=Path, help="run directory; an unfinished one is continued")
+    run.add_argument(
+        "--config", type=_local, help="config file, path.py or path.py:argument; left out: go on with --workdir's"
+    )
+    run.add_argument("--workdir", required=True, type=_path, help="run directory; an unfinished one is continued")
 
     pretrain = _command(
         commands,
@@ -84,7 +101,7 @@ def _build_parser() -> argparse.ArgumentParser:
         _pretrain,
         ("pretraining.",),
     )
-    pretrain.add_argument("--config", required=True, help="config file, path.py or path.py:argument")
+    pretrain.add_argument("--config", type=_local, required=True, help="config file, path.py or path.py:argument")
 
     generate = _command(
         commands,
@@ -92,14 +109,20 @@ def _build_parser() -> argparse.ArgumentParser:
         "greedy responses to prompts: JSON lines in, JSON lines out",
         "sami generate --model=DIR --prompts=prompts.jsonl --out=responses.jsonl --config.sampling.max_new_tokens=100",
         _generate,
-        ("sampling.", "compute_dtype", "mesh."),
+        (
+            "sampling.max_new_tokens",
+            "sampling.stop",
+            "sampling.round_prompt_tokens_to",
+            "compute_dtype",
+            "mesh.",
+        ),
     )
     _add_model(generate)
-    generate.add_argument("--prompts", required=True, type=Path, help='JSON lines, each an object with "prompt"')
+    generate.add_argument("--prompts", required=True, type=_path, help='JSON lines, each an object with "prompt"')
     generate.add_argument(
-        "--out", required=True, type=Path, help="gets the same lines with response, response_ids, finished"
+        "--out", required=True, type=_path, help="gets the same lines with response, response_ids, finished"
     )
-    generate.add_argument("--config", help="config file for the settings below")
+    generate.add_argument("--config", type=_local, help="config file for the settings below")
     generate.add_argument("--rows", type=_positive, default=16, help="prompts sampled together (default 16)")
 
     score = _command(
@@ -120,12 +143,12 @@ def _build_parser() -> argparse.ArgumentParser:
         ),
     )
     _add_model(score)
-    score.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
+    score.add_argument("--pairs", required=True, type=_path, help="JSON in the authors' format, one list per query")
     score.add_argument(
         "--normalize", choices=("mean", "sum"), help="a response's log-prob: mean over its tokens or sum"
     )
-    score.add_argument("--out", type=Path, help="JSON lines; left out: standard output")
-    score.add_argument("--config", help="config file for the settings below")
+    score.add_argument("--out", type=_path, help="JSON lines; left out: standard output")
+    score.add_argument("--config", type=_local, help="config file for the settings below")
 
     train = _command(
         commands,
@@ -137,11 +160,11 @@ def _build_parser() -> argparse.ArgumentParser:
         ("seed", "train.", "prompts.boundary", "compute_dtype", "mesh."),
     )
     _add_model(train)
-    train.add_argument("--pairs", required=True, type=Path, help="JSON in the authors' format, one list per query")
+    train.add_argument("--pairs", required=True, type=_path, help="JSON in the authors' format, one list per query")
     train.add_argument(
-        "--out", required=True, type=Path, help="the trained folder; OUT.training keeps metrics and checkpoints"
+        "--out", required=True, type=_path, help="the trained folder; OUT.training keeps metrics and checkpoints"
     )
-    train.add_argument("--config", help="config file for the settings below")
+    train.add_argument("--config", type=_local, help="config file for the settings below")
 
     evaluate = _command(
         commands,
@@ -150,13 +173,30 @@ def _build_parser() -> argparse.ArgumentParser:
         "sami evaluate --config=configs/miniature.py --model=runs/miniature/iter_003/export --out=evaluated "
         "--baseline=runs/miniature/iter_000/eval",
         _evaluate,
+        (
+            "seed",
+            "model",
+            "compute_dtype",
+            "queries.evaluation",
+            "constitutions.principles",
+            "constitutions.count",
+            "constitutions.pairing",
+            "prompts.",
+            "sampling.",
+            "train.normalize",
+            "train.micro_batch_queries",
+            "train.round_tokens_to",
+            "evaluation.",
+            "mesh.",
+            "pretraining.",
+        ),
     )
     _add_model(evaluate)
     evaluate.add_argument(
-        "--config", required=True, help="config file, path.py or path.py:argument; its model is the base"
+        "--config", type=_local, required=True, help="config file, path.py or path.py:argument; its model is the base"
     )
-    evaluate.add_argument("--baseline", type=Path, help="the base's evaluation folder, to compare with")
-    evaluate.add_argument("--out", required=True, type=Path, help="gets summary.json and results.jsonl")
+    evaluate.add_argument("--baseline", type=_path, help="the base's evaluation folder, to compare with")
+    evaluate.add_argument("--out", required=True, type=_path, help="gets summary.json and results.jsonl")
 
     report = _command(
         commands,
@@ -166,7 +206,7 @@ def _build_parser() -> argparse.ArgumentParser:
         _report,
         (),
     )
-    report.add_argument("--workdir", required=True, type=Path, help="run directory")
+    report.add_argument("--workdir", required=True, type=_path, help="run directory")
 
     export = _command(
         commands,
@@ -176,9 +216,9 @@ def _build_parser() -> argparse.ArgumentParser:
         _export,
         (),
     )
-    export.add_argument("--workdir", required=True, type=Path, help="run directory")
+    export.add_argument("--workdir", required=True, type=_path, help="run directory")
     export.add_argument("--iteration", required=True, type=_positive, help="1, 2, ...")
-    export.add_argument("--out", required=True, type=Path, help="new folder")
+    export.add_argument("--out", required=True, type=_path, help="new folder")
     export.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -208,23 +248,33 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(function=function)
+    parser.set_defaults(function=function, settings=beginnings)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
+        type=_local,
         required=True,
         help="Hugging Face folder (config.json, safetensors, tokenizer), or name on the Hub: owner/name[@revision]",
     )
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isascii() or not text.isdigit() or not 0 < len(text) < 10 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _local(text: str) -> str:
+    if problem := no_local_path(text):
+        raise argparse.ArgumentTypeError(problem)
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_local(text))
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
@@ -306,11 +356,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, {"iterations": "1", **arguments.config_overrides})
-    if config.iterations != 1:
-        raise BadConfigError(
-            "config.iterations must be 1 here; a pairs file is one iteration's. Use `sami run` for more."
-        )
+    config = _load(arguments)
     from sami_jax import iterations
     from sami_jax.data.pairs import read_entries
     from sami_jax.model.hub import fetch_model

@@ -26,8 +26,10 @@ def _setting(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    path: bool = False,
 ) -> Any:
-    metadata = {"help": help, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    limits = {"at_least": at_least, "above": above, "below": below}
+    metadata = {"help": help, **limits, "choices": choices, "path": path}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -39,7 +41,7 @@ class PretrainingConfig:
 
     enabled: bool = _setting(False, "make the base model, principles and queries of a miniature world")
     cache_dir: str = _setting(
-        "runs/pretrained", "folder that keeps finished bases, each under the hash of what made it"
+        "runs/pretrained", "folder that keeps finished bases, each under the hash of what made it", path=True
     )
     seed: int = _setting(0, "decides the world's habits, held-out principles, corpus and initial weights")
     vocab_size: int = _setting(1024, "tokens of the byte-level BPE; the embedding has as many rows", at_least=512)
@@ -66,8 +68,10 @@ class PretrainingConfig:
 class QueriesConfig:
     """Where queries come from: JSON lines of example_id, text, and optionally facts for a judge."""
 
-    train: str = _setting("", "file of training queries; its alternating halves serve odd and even iterations")
-    evaluation: str = _setting("", "file of evaluation queries")
+    train: str = _setting(
+        "", "file of training queries; its alternating halves serve odd and even iterations", path=True
+    )
+    evaluation: str = _setting("", "file of evaluation queries", path=True)
     evaluation_count: int = _setting(250, "evaluate on the first so many queries", at_least=1)
 
 
@@ -75,7 +79,7 @@ class QueriesConfig:
 class ConstitutionsConfig:
     """How the contrasting constitutions of a query are drawn."""
 
-    principles: str = _setting("", "JSON file of principles (name, definition, antithesis, held_out)")
+    principles: str = _setting("", "JSON file of principles (name, definition, antithesis, held_out)", path=True)
     count: int = _setting(2, "C, contrasting constitutions per query", at_least=2)
     principles_per_query: int = _setting(2, "principles in each constitution", at_least=1)
     pairing: str = _setting(
@@ -84,6 +88,18 @@ class ConstitutionsConfig:
         choices=("symmetric", "authors"),
     )
     reshuffle: bool = _setting(True, "shuffle the principles' order again in the training prompt")
+
+    def __post_init__(self) -> None:
+        if self.principles_per_query > 16:  # each query's draw goes through all sign patterns, 65536 of them
+            raise BadConfigError(
+                f"config.constitutions.principles_per_query is {self.principles_per_query}; it must be at most 16."
+            )
+        if self.count > 2**self.principles_per_query:
+            raise BadConfigError(
+                f"config.constitutions.count is {self.count}, but {self.principles_per_query} principles per query "
+                f"have {2**self.principles_per_query} sign patterns; lower it, or raise "
+                "config.constitutions.principles_per_query."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,6 +201,10 @@ class TrainConfig:
         choices=("none", "dots", "full"),
     )
 
+    def __post_init__(self) -> None:
+        if self.over_responses_weight + self.over_constitutions_weight <= 0:
+            raise BadConfigError("config.train.over_responses_weight and over_constitutions_weight are both 0.")
+
     @property
     def weights_dtype(self) -> Dtype:
         """The format in which weights, gradients and optimizer state are kept."""
@@ -215,7 +235,7 @@ class RunConfig:
 
     seed: int = _setting(0, "decides constitutions, data order and sampling")
     model: str = _setting(
-        "", "base model: a Hugging Face folder, or a name on its Hub, owner/name or owner/name@revision"
+        "", "base model: a Hugging Face folder, or a name on its Hub, owner/name or owner/name@revision", path=True
     )
     iterations: int = _setting(3, "rounds of sampling and training", at_least=1)
     compute_dtype: Dtype = _setting(
@@ -233,20 +253,29 @@ class RunConfig:
     mesh: MeshConfig = _setting(MeshConfig, "")
     pretraining: PretrainingConfig = _setting(PretrainingConfig, "")
 
-    def __post_init__(self) -> None:
-        if len(self.train.steps) < self.iterations or min(self.train.steps, default=0) < 1:
-            raise BadConfigError(
-                f"train.steps is {self.train.steps}: it needs a positive number of steps for each of the "
-                f"{self.iterations} iterations."
-            )
-        at_once = self.train.micro_batch_queries * self.mesh.data * self.mesh.fsdp * self.mesh.expert
-        if self.train.queries_per_step % at_once:
-            raise BadConfigError(
-                f"train.queries_per_step is {self.train.queries_per_step}, which is no multiple of "
-                f"train.micro_batch_queries x mesh.data x mesh.fsdp x mesh.expert = {at_once}."
-            )
-        if self.train.over_responses_weight + self.train.over_constitutions_weight <= 0:
-            raise BadConfigError("train.over_responses_weight and train.over_constitutions_weight are both 0.")
+
+def check_training(config: RunConfig, *, iterations: int) -> None:
+    """Refuses settings that do not fit together, for a command that trains.
+
+    Args:
+      config: the settings.
+      iterations: how many trainings of it there are.
+
+    Raises:
+      BadConfigError: the settings and the remedy.
+    """
+    train, mesh = config.train, config.mesh
+    if len(train.steps) < iterations or min(train.steps, default=0) < 1:
+        raise BadConfigError(
+            f"config.train.steps is {train.steps}: it needs a positive number of steps for each iteration "
+            f"({iterations})."
+        )
+    at_once = train.micro_batch_queries * mesh.data * mesh.fsdp * mesh.expert
+    if train.queries_per_step % at_once:
+        raise BadConfigError(
+            f"config.train.queries_per_step is {train.queries_per_step}, which is no multiple of "
+            f"train.micro_batch_queries x mesh.data x mesh.fsdp x mesh.expert = {at_once}."
+        )
 
 
 def load_config(file: str | None, overrides: Mapping[str, str] | None = None) -> RunConfig:
@@ -349,6 +378,13 @@ def _build(kind: type, settings: Any, prefix: str) -> Any:
     return kind(**values)
 
 
+def no_local_path(text: str) -> str:
+    """What is wrong with a path that names a store instead of a folder or file; "" where nothing is."""
+    if "://" not in text:
+        return ""
+    return f"{text} is no local path; mount the store (a bucket with gcsfuse or its like), and name what is there"
+
+
 def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     value = _typed(name, value, field.type)
     lowest, above, below, choices = (field.metadata[key] for key in ("at_least", "above", "below", "choices"))
@@ -367,6 +403,8 @@ def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
         raise BadConfigError(f"{name} is {value!r}; it must be below {below}.")
     if isinstance(value, tuple) and "" in value:  # it stands in every text
         raise BadConfigError(f"{name} holds an empty text; remove it.")
+    if field.metadata["path"] and (problem := no_local_path(value)):
+        raise BadConfigError(f"{name}: {problem}.")
     if choices and value not in choices:
         raise BadConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
     return value

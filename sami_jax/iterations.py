@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sami_jax import run_directory, stages
-from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
+from sami_jax.config import PRETRAINED, RunConfig, check_training, from_dict, to_dict
 from sami_jax.data.principles import read_principles
 from sami_jax.data.queries import read_queries
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
@@ -44,6 +44,8 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
       RunInUseError: another process works on it.
       StoppedError: someone asked it to stop; the same command goes on from here.
     """
+    if config is not None:
+        check_training(config, iterations=config.iterations)
     with run_directory.locked(workdir):
         config = _open_run(config, workdir)
         # Only now: a download has no safe points, and SIGTERM is to end it.
@@ -61,6 +63,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
       BadConfigError: `out` was begun with other settings, model or pairs.
       BadDataError: model or pairs cannot be used.
     """
+    check_training(config, iterations=1)
     refuse_file(out)
     out = Path(os.path.realpath(out))
     folder = out.with_name(f"{out.name}.training") if out.name else check_folder(out)
@@ -97,7 +100,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
       BadDataError: a folder cannot be used.
     """
     read_config(model)
-    config = _with_files(config)
+    config = _with_files(config, train=False)
     run_directory.refuse_foreign(out)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
@@ -280,7 +283,7 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
     if not stored.exists():
         if config is None:
             raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
-        found = _with_files(config)
+        found = _with_files(config, train=True)
         plain = to_dict(config)
         fetched = Path(found.model) != Path(config.model)
         model = model_name(Path(found.model)) if fetched else config.model
@@ -304,27 +307,34 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
             )
     begun = from_dict(before)
     model = run_directory.read_json(workdir / "RUN.json").get("model", begun.model)
-    return _with_files(dataclasses.replace(begun, model=model))
+    return _with_files(dataclasses.replace(begun, model=model), train=True)
 
 
-def _with_files(config: RunConfig) -> RunConfig:
-    """The config, its model fetched. Refuses one whose files are missing or hold something else."""
+def _with_files(config: RunConfig, *, train: bool) -> RunConfig:
+    """The config, its model fetched. Refuses one whose files are missing or hold something else.
+
+    Args:
+      config: the settings.
+      train: whether there is a training, or an evaluation alone.
+    """
+    files = {
+        "queries.evaluation": config.queries.evaluation,
+        "constitutions.principles": config.constitutions.principles,
+    }
+    if train:
+        files["queries.train"] = config.queries.train
+    for field, name in files.items():
+        if PRETRAINED not in name:
+            if not Path(name).is_file():
+                raise BadConfigError(f"config.{field} is {name!r}, which is not a file; name one.")
+            (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
+    if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
+        stages.evaluation_tasks(config)  # for what it refuses, before anything is written
     if PRETRAINED not in config.model:
         folder = fetch_model(config.model)
         read_config(folder)
         find_weights(folder)
         config = dataclasses.replace(config, model=str(folder))
-    for field, name in {
-        "queries.train": config.queries.train,
-        "queries.evaluation": config.queries.evaluation,
-        "constitutions.principles": config.constitutions.principles,
-    }.items():
-        if PRETRAINED not in name:
-            if not Path(name).is_file():
-                raise BadConfigError(f"config.{field} is {name!r}, which is not a file.")
-            (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
-    if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
-        stages.evaluation_tasks(config)  # for what it refuses, before anything is written
     return config
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sami_jax.config import RunConfig
+from sami_jax.config import RunConfig, check_training
 from sami_jax.errors import BadConfigError
 from sami_jax.flops import count_flops
 from sami_jax.model.config import DecoderConfig
@@ -88,6 +88,8 @@ def compile_programs(
     Raises:
       BadConfigError: the mesh does not fit the devices or the model.
     """
+    if "train step" in names:
+        check_training(config, iterations=config.iterations)
     mesh = make_mesh(config.mesh, devices)
     model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
     count = config.constitutions.count

@@ -87,12 +87,93 @@ def test_help_of_run_shows_every_setting_with_default_and_meaning(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["unknown"], ["run"], ["run", "--workdir=w", "--what"], ["export", "--workdir=w", "--iteration=0", "--out=o"]],
+    [[], ["unknown"], ["run"], ["run", "--workdir=w", "--what"]],
 )
 def test_wrong_usage_is_64(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 64 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", "9" * 5000])
+def test_a_number_that_is_none_is_64(number, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["export", "--workdir=w", f"--iteration={number}", "--out=o"])
+    assert end.value.code == 64
+    assert f"argument --iteration: {number!r} is no whole number from 1 on\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--workdir=gs://b/x"],
+        ["run", "--workdir=w", "--config=gs://b/x.py"],
+        ["score", "--model=gs://b/x", "--pairs=p"],
+        ["score", "--model=m", "--pairs=gs://b/x"],
+        ["generate", "--model=m", "--prompts=p", "--out=gs://b/x"],
+        ["generate", "--model=m", "--prompts=gs://b/x", "--out=o"],
+        ["evaluate", f"--config={CONFIG}", "--model=m", "--out=o", "--baseline=gs://b/x"],
+    ],
+)
+def test_a_store_is_no_local_folder(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 64 and "is no local path; mount the store" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_a_file_is_65(tmp_path, capsys):
+    file = f"--workdir={write(tmp_path / 'file', '')}"
+    fails(capsys, 65, "run", f"--config={CONFIG}", file, says=("file is a file; name a folder",))
+    fails(capsys, 65, "report", file, says=("file/RUN.json cannot be read (Not a directory)",))
+    fails(capsys, 65, "export", file, "--iteration=1", f"--out={tmp_path / 'o'}", says=("no finished export",))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["export", "--workdir=w", "--iteration=1", "--out=o"], "config.seed is no setting of `sami export`"),
+        (["report", "--workdir=w"], "config.seed is no setting of `sami report`, which has none"),
+        (["generate", "--model=m", "--prompts=p", "--out=o"], "`sami generate` does not read config.seed"),
+        (["score", "--model=m", "--pairs=p"], "`sami score` does not read config.seed"),
+        (["pretrain", f"--config={CONFIG}"], "`sami pretrain` does not read config.seed"),
+    ],
+)
+def test_a_setting_that_a_command_does_not_read_is_78(words, says, capsys):
+    fails(capsys, 78, *words, "--config.seed=1", says=(says,))
+
+
+def test_what_a_command_does_not_read_does_not_stop_it(model, tmp_path, capsys):
+    """48 queries a step are no multiple of 5 devices, but a scorer and a sampler make no steps."""
+    pairs, prompts = write(tmp_path / "pairs.json", entries()), write(tmp_path / "prompts.jsonl", {"prompt": "a"})
+    fives = "--config.mesh.data=5"
+    assert main(["score", f"--model={model}", f"--pairs={pairs}", fives]) == 0
+    flags = [f"--out={tmp_path / 'out'}", fives, "--config.sampling.max_new_tokens=2"]
+    assert main(["generate", f"--model={model}", f"--prompts={prompts}", *flags]) == 0
+
+
+SETTINGS = {
+    "generate": ("sampling.max_new_tokens", "sampling.stop", "compute_dtype", "mesh.fsdp"),
+    "score": ("train.normalize", "train.micro_batch_queries", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
+    "train": ("seed", "train.steps", "train.kl_beta", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
+    "evaluate": ("seed", "queries.evaluation", "queries.evaluation_count", "constitutions.principles_per_query"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_help_shows_the_settings_that_are_read_and_no_others(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    shown = {field for field, _, _ in describe_fields() if f"--{field} = " in text}
+    assert {f"config.{field}" for field in SETTINGS[name]} <= shown
+    assert not shown & {"config.iterations", "config.queries.train", "config.filters.sentence_ends"}
+    for field in shown:  # each is accepted, and the file is what the command stumbles on
+        value = {"true": "false"}.get(field, "1")
+        words = [name, "--model=m", "--config=nowhere.py", *(["--out=o"] if name != "score" else [])]
+        words += {"generate": ["--prompts=p"], "evaluate": []}.get(name, ["--pairs=p"])
+        fails(capsys, 78, *words, f"--{field}={value}", says=("nowhere.py does not exist",))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +186,9 @@ def test_wrong_usage_is_64(words, capsys):
         ([f"--config={CONFIG}", "--config.train.learning_rate=-1"], ("above 0",)),
         ([f"--config={CONFIG}", "--config.iterations=2.5"], ("config.iterations is '2.5'", "whole number")),
         ([f"--config={CONFIG}", "--config.train.optimizer=adam"], ("adamw, rmsprop",)),
-        ([f"--config={CONFIG}", "--config.train.steps=(2,)"], ("train.steps", "3 iterations")),
+        ([f"--config={CONFIG}", "--config.train.steps=(2,)"], ("train.steps", "each iteration (3)")),
+        ([f"--config={CONFIG}", "--config.constitutions.count=5"], ("config.constitutions.count is 5",)),
+        ([f"--config={CONFIG}", "--config.model=gs://b/x"], ("gs://b/x is no local path",)),
         ([f"--config={CONFIG}", "--config.train=3"], ("config.train is a section",)),
         ([f"--config={CONFIG}", "--config.prompts.training=hello"], ("config.prompts.training", "{constitution}")),
     ],

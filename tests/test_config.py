@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from sami_jax.config import PRETRAINED, RunConfig, describe_fields, from_dict, load_config, to_dict
+from sami_jax.config import PRETRAINED, RunConfig, check_training, describe_fields, from_dict, load_config, to_dict
 from sami_jax.data import miniature
 from sami_jax.errors import BadConfigError
 from sami_jax.model.decoder import abstract_params
@@ -69,20 +69,22 @@ class TestRefusals:
                 {"prompts": {"generation": "{constitution}{query}", "training": "{constitution}{query}:"}},
                 "config.prompts.generation ends in '{query}', but config.prompts.training in ''",
             ),
-            ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each of the 4"),
-            ({"train": {"steps": (2, 0, 6)}}, "train.steps is (2, 0, 6)"),
-            (
-                {
-                    "train": {"queries_per_step": 12, "micro_batch_queries": 2},
-                    "mesh": {"data": 2, "fsdp": 2, "expert": 2},
-                },
-                "train.queries_per_step is 12, which is no multiple of train.micro_batch_queries x mesh.data x "
-                "mesh.fsdp x mesh.expert = 16",
-            ),
             (
                 {"train": {"over_responses_weight": 0.0, "over_constitutions_weight": 0}},
-                "train.over_responses_weight and train.over_constitutions_weight are both 0",
+                "config.train.over_responses_weight and over_constitutions_weight are both 0",
             ),
+            (
+                {"constitutions": {"count": 5}},
+                "config.constitutions.count is 5, but 2 principles per query have 4 sign patterns; lower it, or raise "
+                "config.constitutions.principles_per_query",
+            ),
+            (
+                {"constitutions": {"principles_per_query": 40}},
+                "config.constitutions.principles_per_query is 40; it must be at most 16",
+            ),
+            ({"model": "gs://b/x"}, "config.model: gs://b/x is no local path; mount the store"),
+            ({"queries": {"train": "s3://b/x"}}, "config.queries.train: s3://b/x is no local path"),
+            ({"pretraining": {"cache_dir": "gs://b/x"}}, "config.pretraining.cache_dir: gs://b/x is no local path"),
             ({"sampling": {"stop": ("###", "")}}, "config.sampling.stop holds an empty text"),
             ({"filters": {"placeholders": ("",)}}, "config.filters.placeholders holds an empty text"),
             ({"train": {"adam_b1": 1.0}}, "config.train.adam_b1 is 1.0; it must be below 1"),
@@ -95,6 +97,28 @@ class TestRefusals:
         with pytest.raises(BadConfigError) as caught:
             from_dict(settings)
         assert message in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each iteration (4)"),
+            ({"train": {"steps": (2, 0, 6)}}, "config.train.steps is (2, 0, 6)"),
+            (
+                {
+                    "train": {"queries_per_step": 12, "micro_batch_queries": 2},
+                    "mesh": {"data": 2, "fsdp": 2, "expert": 2},
+                },
+                "config.train.queries_per_step is 12, which is no multiple of train.micro_batch_queries x mesh.data x "
+                "mesh.fsdp x mesh.expert = 16",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_a_training_is_refused_where_there_is_one(self, settings, message):
+        config = from_dict(settings)
+        with pytest.raises(BadConfigError) as caught:
+            check_training(config, iterations=config.iterations)
+        assert message in str(caught.value)
+        check_training(RunConfig(), iterations=3)
 
     def test_every_limit_of_every_number_is_enforced(self):
         checked = 0
@@ -172,7 +196,6 @@ class TestOverrides:
             ("train.remat", "True", "config.train.remat is 'True'; choose one of none, dots, full"),
             ("train.weights", "float16", "choose one of float32, bfloat16_stochastic, bfloat16"),
             ("compute_dtype", "float16", "config.compute_dtype is 'float16'; choose one of float32, bfloat16"),
-            ("train.steps", "1, 2, ", "iterations"),
             ("train.steps", "(1", "it must be a list of whole numbers"),
             ("train.steps", "{[]: 1}", "it must be a list of whole numbers"),
             ("train.steps", "__import__('os')", "it must be a list of whole numbers"),

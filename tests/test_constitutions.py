@@ -84,9 +84,14 @@ class TestDraw:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"principles": PRINCIPLES[:1]}, "2 constitutions of 2 principles each cannot be drawn from 1 principles"),
-            ({"count": 5}, r"\(4 sign patterns\); lower constitutions.count or raise"),
-            ({"count": 3, "per_query": 1}, r"\(2 sign patterns\)"),
+            (
+                {"principles": PRINCIPLES[:1]},
+                "Constitutions of 2 principles each cannot be drawn from 1 principles; lower "
+                "config.constitutions.principles_per_query, or give more",
+            ),
+            ({"per_query": 40}, "Constitutions of 40 principles"),  # and no 2^40 patterns are made for it
+            ({"count": 5}, "2 principles have 4 sign patterns, too few for 5 constitutions .* or raise"),
+            ({"count": 3, "per_query": 1}, "1 principles have 2 sign patterns"),
         ],
     )
     def test_too_few_principles_or_patterns_are_refused(self, changes, message):

@@ -47,6 +47,11 @@ def flags(tmp_path_factory) -> list[str]:
     ]
 
 
+def read_by(flags: list[str], *beginnings: str) -> list[str]:
+    """Those of the flags that a command reads: the config file, and the settings with these beginnings."""
+    return [flag for flag in flags if flag.startswith(("--config=", *(f"--config.{name}" for name in beginnings)))]
+
+
 @pytest.fixture(scope="module")
 def whole_run(flags, tmp_path_factory) -> pathlib.Path:
     """A run that nothing interrupted."""
@@ -182,7 +187,8 @@ def test_evaluate_and_export_give_what_the_run_gave(whole_run, flags, tmp_path):
     theirs, ours = (folder / "model.safetensors" for folder in (whole_run / "iter_001/export", exported))
     assert theirs.read_bytes() == ours.read_bytes()
     baseline, out = whole_run / "iter_000/eval", tmp_path / "evaluated"
-    done = finished("evaluate", *flags, f"--model={exported}", f"--baseline={baseline}", f"--out={out}")
+    settings = read_by(flags, "pretraining.")
+    done = finished("evaluate", *settings, f"--model={exported}", f"--baseline={baseline}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert read_json(out / "summary.json") == read_json(whole_run / "iter_001/eval/summary.json")
 
@@ -191,6 +197,7 @@ def test_evaluate_and_export_give_what_the_run_gave(whole_run, flags, tmp_path):
 def test_train_on_the_runs_own_pairs_gives_the_runs_own_weights(whole_run, flags, tmp_path):
     base = next(pathlib.Path(flags[1].partition("=")[2]).glob("*/model"))
     pairs, out = whole_run / "iter_001/sample/pairs.json", tmp_path / "trained"
+    flags = read_by(flags, "train.")
     done = finished("train", *flags, f"--model={base}", f"--pairs={pairs}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert (out / "model.safetensors").read_bytes() == (whole_run / "iter_001/export/model.safetensors").read_bytes()
@@ -211,7 +218,7 @@ def test_generate_repeats_what_the_run_sampled(whole_run, flags, tmp_path):
     template = read_json(whole_run / "config.json")["prompts"]["generation"]
     texts = [template.replace("{constitution}", r["constitutions"][0]).replace("{query}", r["query"]) for r in records]
     prompts.write_text("".join(json.dumps({"prompt": text, "note": i}) + "\n" for i, text in enumerate(texts)))
-    done = finished("generate", *flags, f"--model={base}", f"--prompts={prompts}", f"--out={out}", "--rows=2")
+    done = finished("generate", flags[0], f"--model={base}", f"--prompts={prompts}", f"--out={out}", "--rows=2")
     assert done.returncode == 0, done.stderr
     lines = read_jsonl(out)
     assert [line["response"] for line in lines] == [record["responses"][0] for record in records]

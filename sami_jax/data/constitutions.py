@@ -52,11 +52,16 @@ def draw_constitutions(
     Raises:
       BadConfigError: there are too few principles or sign patterns.
     """
-    patterns = list(itertools.product((True, False), repeat=per_query))
-    if per_query > len(principles) or count > len(patterns):
+    if per_query > len(principles):
         raise BadConfigError(
-            f"{count} constitutions of {per_query} principles each cannot be drawn from {len(principles)} principles "
-            f"({len(patterns)} sign patterns); lower constitutions.count or raise constitutions.principles_per_query."
+            f"Constitutions of {per_query} principles each cannot be drawn from {len(principles)} principles; lower "
+            "config.constitutions.principles_per_query, or give more principles."
+        )
+    patterns = list(itertools.product((True, False), repeat=per_query))
+    if count > len(patterns):
+        raise BadConfigError(
+            f"{per_query} principles have {len(patterns)} sign patterns, too few for {count} constitutions that "
+            "differ; lower config.constitutions.count, or raise config.constitutions.principles_per_query."
         )
     drawn = [principles[i] for i in rng.permutation(len(principles))[:per_query]]
     first = [0] if pairing == "authors" else []
