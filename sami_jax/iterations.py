@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, S
 from sami_jax.model.hub import fetch_model, model_name
 from sami_jax.model.huggingface import find_weights, read_config
 from sami_jax.outputs import check_folder, refuse_file
-from sami_jax.pretraining import pretrain
+from sami_jax.pretraining import base_shape, pretrain
 from sami_jax.report.page import write_report
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -48,9 +49,13 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
         check_training(config, iterations=config.iterations)
     with run_directory.locked(workdir):
         config = _open_run(config, workdir)
+        to_check = _needs_pretraining(config) and not _has_begun(workdir)
         # Only now: a download has no safe points, and SIGTERM is to end it.
-        with stop_on_signal() as safe_point, _attempt(workdir):
-            return _Run(with_pretrained(config, safe_point), workdir, safe_point, say).finish()
+        with stop_on_signal() as safe_point, _forgotten_if_refused(workdir), _attempt(workdir):
+            config = with_pretrained(config, safe_point)
+            if to_check:
+                stages.check_queries(config, iterations=config.iterations)
+            return _Run(config, workdir, safe_point, say).finish()
 
 
 def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> Path:
@@ -100,7 +105,8 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
       BadDataError: a folder cannot be used.
     """
     read_config(model)
-    config = _with_files(config, train=False)
+    config = _with_files(config, iterations=0)
+    _check_mesh(config)
     run_directory.refuse_foreign(out)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
@@ -110,6 +116,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
         compared = run_directory.file_hash(baseline / "results.jsonl") if baseline else None
         inputs = _evaluation_inputs(config, iteration, model=model_hash, base=base_hash, baseline=compared)
         if run_directory.sealed(out, inputs=inputs) is None:
+            stages.check_queries(config, iterations=0)
             stages.evaluate_stage(
                 config,
                 model=model,
@@ -283,7 +290,10 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
     if not stored.exists():
         if config is None:
             raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
-        found = _with_files(config, train=True)
+        found = _with_files(config, iterations=config.iterations)
+        _check_mesh(found)
+        if not _needs_pretraining(found):
+            stages.check_queries(found, iterations=found.iterations)
         plain = to_dict(config)
         fetched = Path(found.model) != Path(config.model)
         model = model_name(Path(found.model)) if fetched else config.model
@@ -307,21 +317,23 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
             )
     begun = from_dict(before)
     model = run_directory.read_json(workdir / "RUN.json").get("model", begun.model)
-    return _with_files(dataclasses.replace(begun, model=model), train=True)
+    return _with_files(dataclasses.replace(begun, model=model), iterations=begun.iterations)
 
 
-def _with_files(config: RunConfig, *, train: bool) -> RunConfig:
+def _with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     """The config, its model fetched. Refuses one whose files are missing or hold something else.
 
     Args:
       config: the settings.
-      train: whether there is a training, or an evaluation alone.
+      iterations: how many there are; 0 for an evaluation alone, which needs no training queries.
     """
+    if _needs_pretraining(config) and not config.pretraining.enabled:
+        raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
     files = {
         "queries.evaluation": config.queries.evaluation,
         "constitutions.principles": config.constitutions.principles,
     }
-    if train:
+    if iterations:
         files["queries.train"] = config.queries.train
     for field, name in files.items():
         if PRETRAINED not in name:
@@ -338,6 +350,20 @@ def _with_files(config: RunConfig, *, train: bool) -> RunConfig:
     return config
 
 
+def _check_mesh(config: RunConfig) -> None:
+    stages.check_mesh(
+        config, base_shape(config.pretraining) if PRETRAINED in config.model else read_config(Path(config.model))
+    )
+
+
+def _has_begun(workdir: Path) -> bool:
+    return any(workdir.glob("iter_*"))
+
+
+def _needs_pretraining(config: RunConfig) -> bool:
+    return PRETRAINED in json.dumps(to_dict(config))
+
+
 def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
@@ -348,10 +374,8 @@ def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
 
 def with_pretrained(config: RunConfig, safe_point: Callable[[], None]) -> RunConfig:
     """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
-    if PRETRAINED not in json.dumps(to_dict(config)):
+    if not _needs_pretraining(config):
         return config
-    if not config.pretraining.enabled:
-        raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
     folder = str(pretrain(config.pretraining, safe_point=safe_point))
     return from_dict(_replaced(to_dict(config), folder))
 
@@ -387,6 +411,19 @@ def stop_on_signal() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(workdir: Path) -> Iterator[None]:
+    """Takes away what a run wrote that was refused before its first stage: the mended command is another run's."""
+    try:
+        yield
+    except (BadConfigError, BadDataError):
+        if not _has_begun(workdir):
+            shutil.rmtree(workdir / "attempts", ignore_errors=True)
+            for name in ("RUN.json", "config.json"):
+                (workdir / name).unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
 from sami_jax.evaluation.judges import check_judged, get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
+from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.huggingface import load_params, model_files, read_config, read_end_ids, save_finetuned
 from sami_jax.processes import agreed, writes
@@ -136,6 +137,11 @@ def load_model(folder: Path, config: RunConfig) -> LoadedModel:
     return open_model(folder, config).loaded(config.compute_dtype)
 
 
+def check_mesh(config: RunConfig, shape: DecoderConfig) -> None:
+    """Raises BadConfigError where the config's mesh does not fit the devices or a model of this shape."""
+    sharded_params(shape, make_mesh(config.mesh), config.train.weights_dtype)
+
+
 def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that are read of a model folder.
 
@@ -150,21 +156,72 @@ def folder_hash(folder: Path) -> str:
 def check_prompts(opened: OpenModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
     """The prompts' token ids. Raises BadDataError where one has none, or may not fit with its response."""
     ids = [opened.tokenizer.prompt_ids(prompt) for prompt in prompts]
-    limit = opened.model.config.max_positions
     for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
-        if not row:
-            raise BadDataError(f"Prompt {number} has no tokens; remove it.")
-        if max(row) >= opened.model.config.vocab_size:
-            raise BadDataError(
-                f"Prompt {number} has token ids beyond the model's vocabulary of {opened.model.config.vocab_size}; the "
-                f"tokenizer and the weights in {opened.folder} do not belong together."
-            )
-        if len(row) + config.max_new_tokens > limit:
-            raise BadDataError(
-                f"Prompt {number} ({prompt[:60]!r}...) has {len(row)} tokens; with {config.max_new_tokens} new ones it "
-                f"exceeds the model's {limit} positions. Shorten it, or lower config.sampling.max_new_tokens."
-            )
+        if problem := _prompt_problem(opened, row, config.max_new_tokens):
+            raise BadDataError(f"Prompt {number} ({prompt[:60]!r}...) {problem}")
     return ids
+
+
+def _prompt_problem(opened: OpenModel, ids: Sequence[int], new_tokens: int) -> str:
+    """What is wrong with a prompt, and the remedy; "" where nothing is."""
+    shape = opened.model.config
+    if not ids:
+        return "has no tokens; remove it."
+    if max(ids) >= shape.vocab_size:
+        return (
+            f"has token ids beyond the model's vocabulary of {shape.vocab_size}; the tokenizer and the weights in "
+            f"{opened.folder} do not belong together."
+        )
+    if len(ids) + new_tokens > shape.max_positions:
+        return (
+            f"has {len(ids)} tokens; with {new_tokens} new ones it exceeds the model's {shape.max_positions} "
+            "positions. Shorten it, or lower config.sampling.max_new_tokens."
+        )
+    return ""
+
+
+def check_queries(config: RunConfig, *, iterations: int) -> None:
+    """Refuses, before any work, the first query whose prompt may not fit the model together with a response.
+
+    Args:
+      config: the run's; its model and files are there.
+      iterations: how many times the training queries are sampled from; 0 looks at the evaluation's alone.
+
+    Raises:
+      BadConfigError: the constitutions cannot be drawn.
+      BadDataError: the file and the query, or an iteration has fewer queries than its training needs.
+    """
+    opened = open_model(Path(config.model), config)
+    for tasks in evaluation_tasks(config).values():
+        _check_tasks(opened, config, tasks, config.queries.evaluation)
+    principles = [p for p in read_principles(Path(config.constitutions.principles)) if not p.held_out]
+    queries = read_queries(Path(config.queries.train)) if iterations else []
+    for iteration in range(1, iterations + 1):
+        half = alternating_half(queries, iteration)
+        if len(half) < (needed := pairs_needed(config.train, iteration)):
+            raise BadDataError(
+                f"{config.queries.train}: iteration {iteration} samples from {len(half)} queries, every second one, "
+                f"but its {config.train.steps[iteration - 1]} steps need {needed}; give more queries, or lower "
+                "config.train.steps or config.train.queries_per_step, or raise config.train.passes."
+            )
+        drawn = (_draw_task(config, query, principles, "sample", iteration) for query in half)
+        _check_tasks(opened, config, drawn, config.queries.train)
+
+
+def _check_tasks(opened: OpenModel, config: RunConfig, tasks: Iterable[Task], file: str) -> None:
+    templates = {"generation": config.prompts.generation, "training": config.prompts.training}
+    new_tokens = config.sampling.max_new_tokens + config.train.train_eos
+    # A token is a byte at least, but for those that the tokenizer puts in front: of prompts below this, and but for
+    # the first, no ids are needed.
+    fitting = opened.model.config.max_positions - new_tokens - len(opened.tokenizer.leading_ids) - 1
+    for number, task in enumerate(tasks):
+        for constitution in task.constitutions:
+            for name, template in templates.items():
+                prompt = render(template, constitution=constitution.text, query=task.query.text)
+                if number and len(prompt.encode()) <= fitting:
+                    continue
+                if problem := _prompt_problem(opened, opened.tokenizer.prompt_ids(prompt), new_tokens):
+                    raise BadDataError(f"{file}: the {name} prompt of query {task.query.example_id!r} {problem}")
 
 
 def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig, *, rows: int) -> list[Response]:

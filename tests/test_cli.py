@@ -368,3 +368,78 @@ def test_an_out_that_cannot_be_written_is_noticed_before_the_work(
     }
     fails(capsys, code, name, *words[name], f"--out={place}", says=(says,))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def settings(model, tmp_path) -> dict:
+    """Of a run on files of one's own: 3 training queries, so that odd iterations sample from 2 and even ones from 1."""
+    write(
+        tmp_path / "train.jsonl", "".join(json.dumps({"example_id": f"t{i}", "text": "a b"}) + "\n" for i in range(3))
+    )
+    write(tmp_path / "evaluation.jsonl", {"example_id": "e0", "text": "a b"})
+    principles = [{"name": f"p{i}", "definition": "Be short.", "antithesis": "Be long."} for i in range(2)]
+    write(tmp_path / "principles.json", principles)
+    return {
+        "model": str(model),
+        "queries": {"train": str(tmp_path / "train.jsonl"), "evaluation": str(tmp_path / "evaluation.jsonl")},
+        "constitutions": {"principles": str(tmp_path / "principles.json")},
+        "sampling": {"max_new_tokens": 8},
+        "train": {"steps": [1], "queries_per_step": 1},
+        "iterations": 1,
+    }
+
+
+LONG = {"example_id": "long", "text": "wórd " * 300}
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "code", "says"),
+    [
+        (["mesh.data=9", "train.queries_per_step=9"], {}, 78, ("data=9", "there are 8", "lower config.mesh")),
+        (["mesh.tensor=4"], {}, 78, ("kv_heads axis has 1 entries", "config.mesh.tensor")),
+        (["constitutions.count=5"], {}, 78, ("config.constitutions.count is 5", "4 sign patterns")),
+        (["constitutions.principles_per_query=3"], {}, 78, ("3 principles each cannot be drawn from 2 principles",)),
+        (["train.queries_per_step=3"], {}, 65, ("train.jsonl: iteration 1 samples from 2 queries", "need 3")),
+        (["iterations=2", "train.steps=(1, 2)"], {}, 65, ("iteration 2 samples from 1 queries", "2 steps need 2")),
+        ([], {"evaluation.jsonl": LONG}, 65, ("evaluation.jsonl: the generation prompt of query 'long' has ", "256")),
+        ([], {"train.jsonl": LONG}, 65, ("train.jsonl: the generation prompt of query 'long' has ", "8 new ones")),
+        (["prompts.training=" + "word " * 300 + "{constitution}\n\n{query}\n\n"], {}, 65, ("the training prompt of",)),
+        ([], {"principles.json": "[NaN]"}, 65, ("principles.json, line 1: NaN is no finite number",)),
+        (["model=./nowhere"], {}, 65, ("no model folder nowhere",)),
+        (["model={pretrained}/model"], {}, 78, ("config.pretraining.enabled is false",)),
+    ],
+    ids=str,
+)
+def test_a_refused_run_leaves_nothing(flags, changed, code, says, settings, tmp_path, capsys):
+    config = write(tmp_path / "config.json", settings)
+    for name, value in changed.items():
+        write(tmp_path / name, value)
+    words = [f"--config={config}", f"--workdir={tmp_path / 'run'}", *(f"--config.{flag}" for flag in flags)]
+    fails(capsys, code, "run", *words, says=says)
+    assert not (tmp_path / "run").exists()
+    if "train" not in says[0] and not any(flag.startswith("train.") for flag in flags):
+        evaluate = ["--model=" + settings["model"], f"--out={tmp_path / 'evaluated'}", words[0], *words[2:]]
+        fails(capsys, code, "evaluate", *evaluate, says=says)
+        assert not (tmp_path / "evaluated").exists()
+
+
+def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_command_starts(
+    settings, copy, tmp_path, capsys
+):
+    """Damaged weights are found when they are read; a base's queries when it is made."""
+    config, tensors = write(tmp_path / "config.json", settings), load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, copy / "model.safetensors")
+    run = ["run", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    fails(capsys, 65, *run, f"--config.model={copy}", says=("missing: model.norm.weight",))
+    assert not (tmp_path / "run").exists()
+    tiny = {"vocab_size": 512, "embed_dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "mlp_dim": 16}
+    tiny |= {"steps": 1, "batch_size": 2, "train_queries": 4, "max_positions": 64, "cache_dir": str(tmp_path / "base")}
+    base = {"enabled": True, **tiny, "validation_queries": 1, "test_queries": 1}
+    queries = {"train": "{pretrained}/data/train.jsonl", "evaluation": "{pretrained}/data/test.jsonl"}
+    write(config, {**settings, "model": "{pretrained}/model", "queries": queries, "pretraining": base})
+    fails(capsys, 65, *run, says=("data/test.jsonl: the generation prompt of query 'test-", "64 positions"))
+    assert not (tmp_path / "run").exists() and list((tmp_path / "base").glob("*/DONE.json"))
+    # With room for it, the same folder takes the run, up to where it finds nothing worth training on.
+    write(config, settings)
+    fails(capsys, 65, *run, says=("kept 0 pairs of 2 queries",))
+    assert (tmp_path / "run" / "config.json").exists()
