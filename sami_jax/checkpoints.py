@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from sami_jax.errors import BadDataError, SaveFailedError, StoppedError
+from sami_jax.errors import BadDataError, SaveFailedError, StoppedError, is_out_of_memory
 from sami_jax.processes import agreed, writes
 from sami_jax.types import Array, TrainState
 
@@ -62,6 +62,8 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax raises many kinds, down to a bare Exception
+            if is_out_of_memory(error):
+                raise
             raise SaveFailedError(
                 f"{self._folder}: step {step} could not be saved ({error}); free some space."
             ) from error
@@ -128,7 +130,7 @@ class Checkpoints:
 def _is_no_damage(error: Exception) -> bool:
     """A disk that fails or memory that runs out, which says nothing of the checkpoint."""
     failing_disk = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    return failing_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return failing_disk or is_out_of_memory(error)
 
 
 def fingerprint(tree: Any) -> str:

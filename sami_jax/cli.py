@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sami_jax.config import RunConfig, describe_fields, load_config, no_local_path
-from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
+from sami_jax.errors import (
+    BadConfigError,
+    BadDataError,
+    ExitCode,
+    SamiError,
+    enough_memory,
+    exit_code,
+    is_out_of_memory,
+)
 
 _EXIT_CODES = (
-    "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite or internal, 73 run directory in use, "
-    "74 could not save or download, 75 stopped safely (run it again), 78 bad or changed config."
+    "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite, no memory or internal, "
+    "73 run directory in use, 74 could not save or download, 75 stopped safely (run it again), "
+    "78 bad or changed config."
 )
 
 
@@ -37,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sentence = "interrupted."
         elif isinstance(error, OSError):
             sentence = f"{error}."
+        elif is_out_of_memory(error) and not isinstance(error, SamiError):
+            reason = str(error).partition("\n")[0]
+            sentence = (
+                f"out of memory ({reason}): take more devices by config.mesh.fsdp, or a machine with more memory."
+            )
         elif not isinstance(error, SamiError):
             traceback.print_exc()
             sentence = "this is a defect of sami_jax; please report the lines above."
@@ -325,7 +339,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     lines = []
     for start in range(0, len(records), arguments.rows):
         chunk = records[start : start + arguments.rows]
-        responses = stages.respond(loaded, [r["prompt"] for r in chunk], config.sampling, rows=arguments.rows)
+        with enough_memory(f"sampling {len(chunk)} responses at once", f"lower --rows, now {arguments.rows}"):
+            responses = stages.respond(loaded, [r["prompt"] for r in chunk], config.sampling, rows=arguments.rows)
         for record, response in zip(chunk, responses, strict=True):
             said = {"response": response.text, "response_ids": list(response.ids), "finished": response.finished}
             lines.append({**record, **said})

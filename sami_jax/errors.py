@@ -1,6 +1,9 @@
 """Failures that a person can act on: one clear sentence, one exit code each (the contract launchers retry by)."""
 
+import contextlib
 import enum
+import re
+from collections.abc import Iterator
 
 
 class ExitCode(enum.IntEnum):
@@ -9,7 +12,7 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     USAGE = 64
     BAD_DATA = 65  # a data file or a checkpoint is unusable: stop
-    NON_FINITE = 70  # NaN or infinity, or an internal error: retry once
+    NON_FINITE = 70  # NaN or infinity, no memory, or an internal error: retry once
     IN_USE = 73  # another process holds the run directory: stop
     IO_FAILED = 74  # disk full, save or download failed: retry a few times
     STOPPED = 75  # stopped at a safe point: run the same command again
@@ -37,6 +40,12 @@ class BadDataError(SamiError):
 
 class NonFiniteError(SamiError):
     """A loss or a gradient became NaN or infinite."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class OutOfMemoryError(SamiError):
+    """The memory of a device or of the host ran out."""
 
     exit_code = ExitCode.NON_FINITE
 
@@ -72,3 +81,39 @@ def exit_code(error: BaseException) -> ExitCode:
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
     return ExitCode.IO_FAILED if isinstance(error, OSError) else ExitCode.NON_FINITE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the host (Python, numpy) or of a device (XLA) ran out."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory(work: str, *remedies: str) -> Iterator[None]:
+    """Says what helps where the block runs out of memory.
+
+    Args:
+      work: what the block does, as in "sampling 128 rows".
+      *remedies: what a person can do; an empty one is left out.
+
+    Raises:
+      OutOfMemoryError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        helpful = "; ".join(filter(None, remedies))
+        raise OutOfMemoryError(f"out of memory {work}{_how_much(error)}: {helpful}.") from error
+
+
+def _how_much(error: BaseException) -> str:
+    """What XLA (TPU; CPU and GPU) and numpy tell of the memory that was missing."""
+    text = str(error)
+    if used := re.search(r"Used (\S+) of (\S+) hbm", text):
+        return f" (it takes {used[1]} of a device's {used[2]})"
+    if found := re.search(r"allocat\w+ (\d+) bytes", text):
+        return f" ({int(found[1]) / 1e9:.1f} GB more at once)"
+    found = re.search(r"allocate ([\d.]+ \w+)", text)
+    return f" ({found[1]} more at once)" if found else ""

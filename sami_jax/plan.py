@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sami_jax.config import RunConfig, check_training
-from sami_jax.errors import BadConfigError
+from sami_jax.errors import BadConfigError, is_out_of_memory
 from sami_jax.flops import count_flops
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import make_model, sharded_params
@@ -137,7 +137,7 @@ def _compile(name: str, mesh: Mesh, jitted: Any, *args: Any) -> tuple[Program, j
         with jax.set_mesh(mesh):  # without it, Pallas kernels would be lowered for this machine
             compiled = jitted.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         refusal = " ".join(str(error).split("\n")[:2])
         return Program(name, None, refusal, flops, time.monotonic() - started), None

@@ -112,6 +112,13 @@ def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
     return jax.tree.map(sharding, shapes, axes)
 
 
+def device_bytes(specs: Any) -> int:
+    """What the tree's arrays, given by shape, dtype and sharding, take of one device's memory."""
+    return sum(
+        math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in jax.tree.leaves(specs)
+    )
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """The tree's arrays on the devices, each leaf by its sharding (or all by one).
 

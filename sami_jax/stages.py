@@ -23,7 +23,7 @@ from sami_jax.data.principles import Principle, read_principles
 from sami_jax.data.prompts import render
 from sami_jax.data.queries import Query, alternating_half, read_queries
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
+from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError, enough_memory
 from sami_jax.evaluation.judges import check_judged, get_judge
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.losses import sami_loss
@@ -38,6 +38,7 @@ from sami_jax.seeds import generator
 from sami_jax.sharding import (
     batch_sharding,
     batch_shards,
+    device_bytes,
     gather,
     make_mesh,
     micro_batch_sharding,
@@ -81,8 +82,13 @@ class OpenModel:
     @agreed()
     def load(self, dtype: Dtype) -> Params:
         """Reads the weights onto the mesh. Raises BadDataError where they do not fit config.json."""
-        shardings = jax.tree.map(lambda spec: spec.sharding, sharded_params(self.model.config, self.mesh, dtype))
-        return load_params(self.folder, self.model.config, dtype=jnp.dtype(dtype), shardings=shardings)
+        specs = sharded_params(self.model.config, self.mesh, dtype)
+        shardings = jax.tree.map(lambda spec: spec.sharding, specs)
+        with enough_memory(
+            f"loading {self.folder}, whose weights take {device_bytes(specs) / 1e9:.1f} GB of each device",
+            _more_devices(self.mesh),
+        ):
+            return load_params(self.folder, self.model.config, dtype=jnp.dtype(dtype), shardings=shardings)
 
     def loaded(self, dtype: Dtype) -> "LoadedModel":
         """The model with its weights in memory. Raises BadDataError as `load` does."""
@@ -135,6 +141,15 @@ def open_model(folder: Path, config: RunConfig) -> OpenModel:
 def load_model(folder: Path, config: RunConfig) -> LoadedModel:
     """`open_model`, and its weights in memory, in the dtype they are computed in."""
     return open_model(folder, config).loaded(config.compute_dtype)
+
+
+def _more_devices(mesh: jax.sharding.Mesh) -> str:
+    return f"share the weights between more devices by config.mesh.fsdp, now {mesh.shape['fsdp']}"
+
+
+def _fewer_queries(train: TrainConfig) -> str:
+    rows = train.micro_batch_queries
+    return f"lower config.train.micro_batch_queries, now {rows}" if rows > 1 else ""
 
 
 def check_mesh(config: RunConfig, shape: DecoderConfig) -> None:
@@ -437,10 +452,18 @@ def train_stage(
         for step in range(first, steps):
             started = time.monotonic()
             rows = [data[i] for i in schedule[step]]
-            batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
-            micro = micro_batches(batch, train.micro_batch_queries * batch_shards(opened.mesh))
-            state, metrics = step_fn(state, reference, place(micro, sharding))
-            if not bool(metrics.finite):
+            with enough_memory(
+                f"in step {step + 1} of iteration {iteration}, on sequences of {width} tokens",
+                _fewer_queries(train),
+                "set config.train.remat=full" if train.remat != "full" else "",
+                _more_devices(opened.mesh),
+                "set config.train.weights=bfloat16_stochastic" if train.weights == "float32" else "",
+            ):
+                batch = make_batch(rows, width=width, response_width=response_width, eos_id=eos_id)
+                micro = micro_batches(batch, train.micro_batch_queries * batch_shards(opened.mesh))
+                state, metrics = step_fn(state, reference, place(micro, sharding))
+                finite = bool(metrics.finite)
+            if not finite:
                 bad = nonfinite_examples(metrics, ids[step])
                 raise NonFiniteError(
                     f"Step {step + 1} of iteration {iteration}: loss {float(metrics.loss)}, gradient norm "
@@ -464,8 +487,14 @@ def train_stage(
 
 def fresh_state(opened: OpenModel, train: TrainConfig) -> TrainState:
     """The state before the first step: the folder's weights, and the optimizer's beside them."""
-    state = init_state(opened.load(train.weights_dtype), make_optimizer(train))
-    return place(state, jax.tree.map(lambda spec: spec.sharding, opened.state(train)))
+    specs = opened.state(train)
+    with enough_memory(
+        f"making the optimizer's state; with the weights it takes {device_bytes(specs) / 1e9:.1f} GB of each device",
+        _more_devices(opened.mesh),
+        "set config.train.weights=bfloat16_stochastic" if train.weights == "float32" else "",
+    ):
+        state = init_state(opened.load(train.weights_dtype), make_optimizer(train))
+        return place(state, jax.tree.map(lambda spec: spec.sharding, specs))
 
 
 def export_stage(
@@ -680,7 +709,12 @@ def _answer_chunk(loaded: LoadedModel, tasks: Sequence[Task], config: RunConfig,
             for task in tasks
             for constitution in task.constitutions
         ]
-        flat = respond(loaded, prompts, config.sampling, rows=config.sampling.chunk_queries * count)
+        with enough_memory(
+            f"sampling {len(prompts)} responses of up to {config.sampling.max_new_tokens} tokens at once",
+            f"lower config.sampling.chunk_queries, now {config.sampling.chunk_queries}",
+            _more_devices(loaded.mesh),
+        ):
+            flat = respond(loaded, prompts, config.sampling, rows=config.sampling.chunk_queries * count)
         lines = [
             {
                 "example_id": task.query.example_id,
@@ -778,13 +812,15 @@ def score_all(
     loaded: LoadedModel, params: Params, pairs: Sequence[Pair], config: RunConfig, *, progress: Progress | None = None
 ) -> np.ndarray:
     """[Q, C, R] log-probs of the pairs by the config's `train.normalize`."""
-    return score_pairs(
-        loaded.model.score,
-        params,
-        pairs,
-        normalize=config.train.normalize,
-        rows=config.train.micro_batch_queries * batch_shards(loaded.mesh),
-        round_to=config.train.round_tokens_to,
-        sharding=batch_sharding(loaded.mesh),
-        scored=progress.update if progress else lambda done: None,
-    )
+    rows = config.train.micro_batch_queries * batch_shards(loaded.mesh)
+    with enough_memory(f"scoring {rows} queries at once", _fewer_queries(config.train), _more_devices(loaded.mesh)):
+        return score_pairs(
+            loaded.model.score,
+            params,
+            pairs,
+            normalize=config.train.normalize,
+            rows=rows,
+            round_to=config.train.round_tokens_to,
+            sharding=batch_sharding(loaded.mesh),
+            scored=progress.update if progress else lambda done: None,
+        )

@@ -443,3 +443,22 @@ def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_comm
     write(config, settings)
     fails(capsys, 65, *run, says=("kept 0 pairs of 2 queries",))
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_out_of_memory_is_70_with_what_helps_and_no_traceback(model, tmp_path, capsys):
+    """Sequences padded to 2^45 tokens are more than any machine addresses."""
+    prompts, pairs = write(tmp_path / "prompts.jsonl", {"prompt": "a"}), write(tmp_path / "pairs.json", entries())
+    huge = 2**45
+    score, two = f"--config.train.round_tokens_to={huge}", "--config.train.micro_batch_queries=2"
+    given = [f"--model={model}", f"--pairs={pairs}", score]
+    says = ("out of memory scoring 1 queries at once (", "more at once): share the weights", "config.mesh.fsdp, now 1")
+    fails(capsys, 70, "score", *given, says=says)
+    fails(capsys, 70, "score", *given, two, says=("lower config.train.micro_batch_queries, now 2; share",))
+    train = ["--config.train.queries_per_step=2", "--config.train.steps=(1,)", "--config.train.passes=2"]
+    says = (f"in step 1 of iteration 1, on sequences of {huge} tokens (", "micro_batch_queries, now 2", "stochastic")
+    assert main(["train", *given, two, *train, f"--out={tmp_path / 'out'}"]) == 70
+    message = capsys.readouterr().err
+    assert all(part in message for part in says) and "Traceback" not in message and "defect" not in message
+    generate = [f"--model={model}", f"--prompts={prompts}", f"--out={tmp_path / 'o'}"]
+    generate += [f"--config.sampling.round_prompt_tokens_to={huge}", "--config.sampling.max_new_tokens=2"]
+    fails(capsys, 70, "generate", *generate, says=("sampling 1 responses at once (", "lower --rows, now 16"))
