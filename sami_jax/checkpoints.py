@@ -14,6 +14,8 @@ from sami_jax.errors import BadDataError, SaveFailedError, StoppedError, is_out_
 from sami_jax.processes import agreed, writes
 from sami_jax.types import Array, TrainState
 
+KEPT = 2  # checkpoints, the newest ones
+
 
 class Checkpoints:
     """The checkpoints of one training stage, newest last; use as a context manager.
@@ -23,7 +25,7 @@ class Checkpoints:
     aside.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = KEPT):
         """Opens the folder.
 
         Args:

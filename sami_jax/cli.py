@@ -176,7 +176,10 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_model(train)
     train.add_argument("--pairs", required=True, type=_path, help="JSON in the authors' format, one list per query")
     train.add_argument(
-        "--out", required=True, type=_path, help="the trained folder; OUT.training keeps metrics and checkpoints"
+        "--out",
+        required=True,
+        type=_path,
+        help="the trained folder; OUT.training keeps metrics, and checkpoints meanwhile",
     )
     train.add_argument("--config", type=_local, help="config file for the settings below")
 

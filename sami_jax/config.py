@@ -185,6 +185,7 @@ class TrainConfig:
     kl_beta: float = _setting(0.0, "weight of KL(policy || base), mean over response tokens and cells", at_least=0)
     train_eos: bool = _setting(False, "append the end-of-sequence token to the responses")
     checkpoint_every: int = _setting(10, "optimizer steps between checkpoints", at_least=1)
+    keep_checkpoints: bool = _setting(False, "keep them when the exported model was written and read back")
     round_tokens_to: int = _setting(
         32, "pad sequences to a multiple of this (long ones coarser): few shapes compile", at_least=1
     )

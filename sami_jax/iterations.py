@@ -19,7 +19,9 @@ from sami_jax import run_directory, stages
 from sami_jax.config import PRETRAINED, RunConfig, check_training, from_dict, to_dict
 from sami_jax.data.principles import read_principles
 from sami_jax.data.queries import read_queries
+from sami_jax.disk import check_disk
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
+from sami_jax.model.config import DecoderConfig
 from sami_jax.model.hub import fetch_model, model_name
 from sami_jax.model.huggingface import find_weights, read_config
 from sami_jax.outputs import check_folder, refuse_file
@@ -48,7 +50,7 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
     if config is not None:
         check_training(config, iterations=config.iterations)
     with run_directory.locked(workdir):
-        config = _open_run(config, workdir)
+        config = _open_run(config, workdir, say)
         to_check = _needs_pretraining(config) and not _has_begun(workdir)
         # Only now: a download has no safe points, and SIGTERM is to end it.
         with stop_on_signal() as safe_point, _forgotten_if_refused(workdir), _attempt(workdir):
@@ -78,6 +80,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     with run_directory.locked(folder), stop_on_signal() as safe_point:
         trained = run_directory.sealed(folder, inputs=inputs) is not None
         if trained and out.exists() and any(out.iterdir()):
+            stages.drop_checkpoints(config, trained=folder)
             return out  # finished before; only a finished training writes there
         check_folder(out)
         if not trained:
@@ -92,6 +95,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
                 safe_point=safe_point,
             )
         stages.save_trained(config, base=model, trained=folder, out=out, card=card)
+        stages.drop_checkpoints(config, trained=folder)
     return out
 
 
@@ -106,7 +110,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
     """
     read_config(model)
     config = _with_files(config, iterations=0)
-    _check_mesh(config)
+    stages.check_mesh(config, _base_shape(config))
     run_directory.refuse_foreign(out)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
@@ -173,6 +177,7 @@ class _Run:
             sampled = self._sample(iteration, model, model_hash)
             trained = self._train(iteration, base_hash, sampled)
             model, model_hash = folder / "export", self._export(iteration, base_hash, trained)
+            stages.drop_checkpoints(self.config, trained=folder / "train")
             self._evaluate(iteration, model, model_hash, base_hash, (baseline_folder, baseline))
         page = self.workdir / "report" / "index.html"
         if self.worked or not page.exists():
@@ -261,8 +266,8 @@ def _shared_inputs(config: RunConfig, stage: str, iteration: int) -> dict[str, A
 
 
 def _training_inputs(config: RunConfig) -> list[Any]:
-    """The settings that trained weights depend on. How often they are saved is none of them."""
-    train = {k: v for k, v in to_dict(config.train).items() if k != "checkpoint_every"}
+    """The settings that trained weights depend on. How often they are saved, and for how long, is none of them."""
+    train = {k: v for k, v in to_dict(config.train).items() if k not in ("checkpoint_every", "keep_checkpoints")}
     return [config.seed, train, config.prompts.boundary, config.compute_dtype, to_dict(config.mesh)]
 
 
@@ -281,7 +286,7 @@ def _evaluation_inputs(
     }
 
 
-def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
+def _open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
     """Writes RUN.json and config.json once; afterwards compares. The model is its folder, fetched where it is a name.
 
     RUN.json keeps the commit of such a name: what moves on the Hub later does not change the run.
@@ -291,7 +296,8 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
         if config is None:
             raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
         found = _with_files(config, iterations=config.iterations)
-        _check_mesh(found)
+        stages.check_mesh(found, _base_shape(found))
+        _check_disk(found, workdir, say)
         if not _needs_pretraining(found):
             stages.check_queries(found, iterations=found.iterations)
         plain = to_dict(config)
@@ -309,7 +315,8 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
         return found
     before = run_directory.read_json(stored)
     if config is not None:
-        changed = list(_differences(before, json.loads(json.dumps(to_dict(config))), ""))
+        # A setting that was not there yet had its default.
+        changed = list(_differences(to_dict(from_dict(before)), to_dict(config), ""))
         if changed:
             raise BadConfigError(
                 f"{workdir} was started with other settings ({'; '.join(changed)}); choose another --workdir for "
@@ -317,7 +324,14 @@ def _open_run(config: RunConfig | None, workdir: Path) -> RunConfig:
             )
     begun = from_dict(before)
     model = run_directory.read_json(workdir / "RUN.json").get("model", begun.model)
-    return _with_files(dataclasses.replace(begun, model=model), iterations=begun.iterations)
+    found = _with_files(dataclasses.replace(begun, model=model), iterations=begun.iterations)
+    _check_disk(found, workdir, say)
+    return found
+
+
+def _check_disk(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> None:
+    if sentence := check_disk(config, _base_shape(config), workdir):
+        say(sentence)
 
 
 def _with_files(config: RunConfig, *, iterations: int) -> RunConfig:
@@ -350,10 +364,9 @@ def _with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     return config
 
 
-def _check_mesh(config: RunConfig) -> None:
-    stages.check_mesh(
-        config, base_shape(config.pretraining) if PRETRAINED in config.model else read_config(Path(config.model))
-    )
+def _base_shape(config: RunConfig) -> DecoderConfig:
+    """Of the base model, also of one that is still to be pretrained."""
+    return base_shape(config.pretraining) if PRETRAINED in config.model else read_config(Path(config.model))
 
 
 def _has_begun(workdir: Path) -> bool:

@@ -207,7 +207,7 @@ def begin(folder: Path, *, inputs: Any) -> None:
         leftover.unlink()
 
 
-def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "") -> str:
+def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "", made_of: str = "") -> str:
     """Declares a stage complete and returns its fingerprint, which the next stages take as input.
 
     Args:
@@ -215,6 +215,7 @@ def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "") -> str:
       inputs: JSON value of all the stage's outputs depend on.
       counts: JSON value for people, a pure function of the inputs.
       outside: name of a subfolder that is left out, since equal runs write it differently.
+      made_of: name of the stage beside it that has to be made anew, too, before this one can be.
     """
     paths = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.name not in (DONE, LOCK) and not p.name.endswith(".tmp")
@@ -223,6 +224,8 @@ def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "") -> str:
     outputs = [{"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_hash(p)} for p in paths]
     fingerprint = content_hash({"inputs": inputs, "outputs": outputs, "counts": counts})
     done = {"inputs_sha256": content_hash(inputs), "outputs": outputs, "counts": counts, "fingerprint": fingerprint}
+    if made_of:
+        done["made_of"] = made_of
     write_json(folder / DONE, done)
     return fingerprint
 
@@ -253,7 +256,7 @@ def read_done(folder: Path) -> dict[str, Any]:
         raise BadDataError(f"{folder / DONE} is no seal; delete {folder} to have it made anew.")
     sealed_ns = (folder / DONE).stat().st_mtime_ns
     for output in done["outputs"]:
-        _check_output(folder, output, unless_before_ns=sealed_ns)
+        _check_output(folder, done, output, unless_before_ns=sealed_ns)
     return done
 
 
@@ -272,22 +275,25 @@ def check_sealed(path: Path) -> None:
     path = path.absolute()
     for folder in (path, path.parent):
         done = read_json(folder / DONE) if (folder / DONE).is_file() else None
-        for output in done["outputs"] if _is_seal(done) else ():
+        if not _is_seal(done):
+            continue
+        for output in done["outputs"]:
             file = folder / output["path"]
             if path == file or path in file.parents:
-                _check_output(folder, output, unless_before_ns=0)
+                _check_output(folder, done, output, unless_before_ns=0)
 
 
 def _is_seal(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and {"inputs_sha256", "outputs", "fingerprint"} <= value.keys()
 
 
-def _check_output(folder: Path, output: dict[str, Any], *, unless_before_ns: int) -> None:
+def _check_output(folder: Path, done: dict[str, Any], output: dict[str, Any], *, unless_before_ns: int) -> None:
     """Refuses a sealed file that is not as it was; its bytes are not read where its time lies before another one."""
     path = folder / output["path"]
+    also = f" and {folder.parent / done['made_of']}, which it is made of," if "made_of" in done else ""
     remedy = (
-        f"Bring it back from a copy, or delete {folder} to have it made anew; in a copy of your own that you have "
-        f"changed, delete {DONE} alone."
+        f"Bring it back from a copy, or delete {folder}{also} to have it made anew; in a copy of your own that you "
+        f"have changed, delete {DONE} alone."
     )
     if not path.is_file() or path.stat().st_size != output["bytes"]:
         raise BadDataError(f"{path} is missing or has changed its size since it was sealed. {remedy}")

@@ -508,7 +508,14 @@ def export_stage(
     safe_point()
     shutil.rmtree(out, ignore_errors=True)  # only ever an export that was cut off before its seal
     step = save_trained(config, base=base, trained=trained, out=out, card=card)
-    return run_directory.seal(out, inputs=inputs, counts={"step": step})
+    made_of = "" if config.train.keep_checkpoints else trained.name
+    return run_directory.seal(out, inputs=inputs, counts={"step": step}, made_of=made_of)
+
+
+def drop_checkpoints(config: RunConfig, *, trained: Path) -> None:
+    """Deletes the checkpoints of a finished training whose exported model stands, unless they are to be kept."""
+    if not config.train.keep_checkpoints:
+        shutil.rmtree(trained / "checkpoints", ignore_errors=True)  # what is left of it goes at the next start
 
 
 def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, card: str) -> int:
@@ -523,8 +530,8 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
         state = checkpoints.restore_latest(opened.state(config.train))
     if state is None or fingerprint(state) != finished["state"]:
         raise BadDataError(
-            f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete the "
-            "folder to train again."
+            f"{trained}: the checkpoint of its last step, {finished['steps']}, is missing or damaged; delete this "
+            "folder to have it made anew."
         )
     save_finetuned(out, state.params, opened.model.config, dtype=config.train.weights_dtype, source=base, card=card)
     return int(state.step)

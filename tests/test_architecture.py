@@ -17,7 +17,7 @@ ORDER = """
     errors losses flops types seeds progress json_text outputs run_directory config processes sharding
     data.principles data.constitutions data.prompts data.queries data.tokenizer data.filters data.pairs data.miniature
     model.config model.layers model.moe model.decoder model.huggingface model.hub
-    checkpoints pretraining sampling scoring training
+    checkpoints pretraining sampling scoring training disk
     evaluation.judges evaluation.win_rates evaluation.summary
     stages
     report.measures report.reading report.findings report.charts report.samples report.tables report.page

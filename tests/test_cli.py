@@ -423,6 +423,19 @@ def test_a_refused_run_leaves_nothing(flags, changed, code, says, settings, tmp_
         assert not (tmp_path / "evaluated").exists()
 
 
+def test_a_disk_that_is_too_small_is_74_before_the_first_file(settings, copy, tmp_path, capsys):
+    """A config.json of 10^6 layers, each 2^20 wide: petabytes, of which nothing is there."""
+    huge = {**json.loads((copy / "config.json").read_text()), "num_hidden_layers": 10**6, "intermediate_size": 2**20}
+    write(copy / "config.json", huge)
+    config, keep = write(tmp_path / "config.json", settings), "--config.train.keep_checkpoints=True"
+    run = ["run", f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.model={copy}"]
+    # 3 x 16 x 2^20 weights a layer, and little else; four bytes each, and two moments beside them in a checkpoint.
+    says = ("/run will need up to 805", "(a checkpoint takes 603", "an exported model 201", "are free there; free some")
+    fails(capsys, 74, *run, says=says)
+    fails(capsys, 74, *run, keep, says=("set config.train.keep_checkpoints=false, or choose",))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_command_starts(
     settings, copy, tmp_path, capsys
 ):

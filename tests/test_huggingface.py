@@ -541,6 +541,19 @@ def test_nothing_half_written_stays_after_a_failure(tmp_path, monkeypatch, libra
     assert list(out.iterdir()) == []
 
 
+def test_what_was_written_is_read_back(tmp_path, monkeypatch):
+    def flip_a_bit(tensors: dict[str, np.ndarray], path: Path, **rest: Any) -> None:
+        save_file(tensors, path, **rest)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr("sami_jax.model.huggingface.save_file", flip_a_bit)  # a disk's fault
+    with pytest.raises(SaveFailedError, match="was read back with other bytes"):
+        save(tmp_path / "model", tiny_config(), random_params(tiny_config()))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_finetuned_folder_keeps_config_and_tokenizer(folder, tmp_path):
     write_tokenizer(folder, "mistral", bos=True)
     edit_config(folder, dtype="bfloat16", somebody="else's key")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,7 @@ def whole_run(flags, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     done = finished("run", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
+    assert re.match(rf"{workdir} will need up to [1-9].* MB more .*; .* are free", done.stdout)
     return workdir
 
 
@@ -84,6 +86,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert len(read_json(whole_run / "iter_001/train/data.json")) == 3
     for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
         assert (whole_run / "iter_001/export" / name).is_file()
+    assert not (whole_run / "iter_001/train/checkpoints").exists()  # the export stands
     assert "<html" in (whole_run / "report/index.html").read_text()
     attempt = read_json(whole_run / "attempts/0001.json")
     assert attempt["exit_code"] == 0 and attempt["ended"]

@@ -279,6 +279,16 @@ class TestSeal:
         (folder / "deep" / "b.txt").unlink()
         check_sealed(folder / "a.json")  # what is not used need not even be there
 
+    def test_what_cannot_be_made_alone_says_what_to_delete_with_it(self, tmp_path):
+        folder = tmp_path / "export"
+        write_outputs(folder)
+        plain = seal(folder, inputs=1, counts=0)
+        assert seal(folder, inputs=1, counts=0, made_of="train") == plain
+        self.flipped(folder / "a.json", keep_time=False)
+        for look in (check_sealed, lambda path: sealed(path, inputs=1)):
+            with pytest.raises(BadDataError, match=f"delete {folder} and {tmp_path}/train, which it is made of, to"):
+                look(folder)
+
     def test_bytes_are_hashed_again_where_size_or_time_changed_only(self, tmp_path):
         path = tmp_path / "a.bin"
         path.write_bytes(b"x" * 100)

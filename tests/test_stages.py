@@ -112,7 +112,7 @@ class TestTrain:
         assert whole.keys() == load_file(model / "model.safetensors").keys()
 
     def test_no_older_checkpoint_is_exported_in_place_of_a_damaged_last_one(self, model, pairs, tmp_path, capsys):
-        train(model, pairs, tmp_path / "out", checkpoint_every=1)
+        train(model, pairs, tmp_path / "out", checkpoint_every=1, keep_checkpoints=True)
         trained = tmp_path / "out.training"
         for path in (trained / "checkpoints" / "step_00000003").rglob("*"):
             if path.is_file() and path.stat().st_size > 1000:
@@ -120,6 +120,18 @@ class TestTrain:
         with pytest.raises(BadDataError, match="last step, 3, is missing or damaged"):
             stages.save_trained(config_of(), base=model, trained=trained, out=tmp_path / "again", card="")
         assert not (tmp_path / "again").exists()
+
+    def test_checkpoints_go_when_the_trained_folder_stands(self, model, pairs, tmp_path):
+        train(model, pairs, tmp_path / "out")
+        assert sorted(path.name for path in (tmp_path / "out.training").iterdir() if path.name != "LOCK") == [
+            "DONE.json",
+            "PLAN.json",
+            "data.json",
+            "metrics.jsonl",
+        ]
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(BadDataError, match="out.training: the checkpoint of its last step, 3, is missing"):
+            train(model, pairs, tmp_path / "out")
 
     def test_a_refused_pairs_file_leaves_nothing_and_may_be_mended(self, model, pairs, tmp_path):
         sound = pairs.read_text()

@@ -58,6 +58,7 @@ def run(tmp_path_factory) -> tuple[RunConfig, pathlib.Path]:
                 "learning_rate": LEARNING_RATE,
                 "round_tokens_to": 64,
                 "remat": "none",
+                "keep_checkpoints": True,
             },
         }
     )
@@ -120,6 +121,22 @@ def test_a_bit_flipped_in_a_sealed_export_is_noticed_before_it_is_used(run, tmp_
     with pytest.raises(BadDataError, match=says):
         iterations.export_folder(workdir, 2, tmp_path / "out", dtype="float32", verify=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_checkpoints_are_kept_where_asked_and_without_them_both_stages_are_made_anew(run, tmp_path):
+    config, workdir = run[0], tmp_path / "run"
+    shutil.copytree(run[1], workdir)
+    assert all((workdir / f"iter_00{i}" / "train" / "checkpoints" / "step_00000001").is_dir() for i in (1, 2, 3))
+    exported = workdir / "iter_003" / "export"
+    before = (exported / "model.safetensors").read_bytes()
+    for folder in (exported, exported.parent / "train" / "checkpoints"):
+        shutil.rmtree(folder)
+    with pytest.raises(BadDataError, match="iter_003/train: the checkpoint of its last step, 1, is missing .* delete"):
+        iterations.run(config, workdir, say=lambda sentence: None)
+    shutil.rmtree(exported.parent / "train")
+    iterations.run(config, workdir, say=lambda sentence: None)
+    assert (exported / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -327,6 +327,10 @@ def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # what a full disk becomes
         raise SaveFailedError(f"{path} could not be written ({error}); free some space.") from error
+    with safe_open(path, framework="numpy") as written:
+        for name, values in tensors.items():
+            if not np.array_equal(written.get_tensor(name).view(np.uint8), values.view(np.uint8)):
+                raise SaveFailedError(f"{path}: {name} was read back with other bytes; is the disk sound?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""How much disk a run will take, known before it takes any."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sami_jax.checkpoints import KEPT
+from sami_jax.config import RunConfig, TrainConfig
+from sami_jax.errors import SaveFailedError
+from sami_jax.model.config import DecoderConfig
+from sami_jax.model.decoder import sharded_params
+from sami_jax.run_directory import DONE
+from sami_jax.sharding import make_mesh
+from sami_jax.training import abstract_state, make_optimizer
+
+
+def check_disk(config: RunConfig, shape: DecoderConfig, workdir: Path) -> str | None:
+    """How much more a run directory will hold at its fullest, in a sentence; None where nothing is to be trained.
+
+    Checkpoints and exports are counted, beside which samples and evaluations are small. A base that is still to be
+    pretrained lies elsewhere.
+
+    Args:
+      config: of the run.
+      shape: of its base model.
+      workdir: the run directory, which exists.
+
+    Raises:
+      BadConfigError: the mesh does not fit the model or the devices.
+      SaveFailedError: less is free.
+    """
+    folders = [workdir / f"iter_{iteration:03d}" for iteration in range(1, config.iterations + 1)]
+    steps = [n for n, folder in zip(config.train.steps, folders, strict=False) if not _exported(folder)]
+    if not steps:
+        return None
+    params = sharded_params(shape, make_mesh(config.mesh), config.train.weights_dtype)
+    state = _size(abstract_state(params, make_optimizer(config.train)))
+    # Of the iteration that was interrupted some is there already.
+    there = sum(_found(folder / "train" / "checkpoints") for folder in folders if not _exported(folder))
+    needed = max(0, peak_bytes(config.train, steps, state=state, weights=_size(params)) - there)
+    free = shutil.disk_usage(workdir).free
+    parts = f"a checkpoint takes {human(state)}, an exported model {human(_size(params))}"
+    if needed > free:
+        keep = " set config.train.keep_checkpoints=false," if config.train.keep_checkpoints else ""
+        raise SaveFailedError(
+            f"{workdir} will need up to {human(needed)} more ({parts}), but {human(free)} are free there; free some "
+            f"space,{keep} or choose another --workdir."
+        )
+    return f"{workdir} will need up to {human(needed)} more ({parts}); {human(free)} are free."
+
+
+def peak_bytes(train: TrainConfig, steps: Sequence[int], *, state: int, weights: int) -> int:
+    """What checkpoints and exports of some iterations take together, at the moment at which it is most.
+
+    Args:
+      train: the settings.
+      steps: of each iteration.
+      state: bytes of a checkpoint.
+      weights: bytes of an export.
+    """
+    held = peak = 0
+    for count in steps:
+        saves = math.ceil(count / train.checkpoint_every)
+        kept = min(saves, KEPT) * state
+        writing = min(saves, KEPT + 1) * state  # the oldest goes when the newest stands
+        peak = max(peak, held + writing, held + kept + weights)
+        held += weights + (kept if train.keep_checkpoints else 0)
+    return peak
+
+
+def human(size: int) -> str:
+    """`1.5 GB`; 1 GB is 10^9 bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _size(specs: Any) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
+
+
+def _exported(folder: Path) -> bool:
+    return (folder / "export" / DONE).is_file()
+
+
+def _found(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
