@@ -13,9 +13,9 @@ README names, before the first of these seeds was ever run:
   base: win rate >= 0.65 with its 95 % interval above 0.5; adherence up by >= 0.20; paired MI gain's interval above 0;
   well-formed > 0.98; faithful not fallen (its paired change's interval does not lie below 0).
 - Steps (8, 16, 24) and KL weight 1 were settled before, on the validation queries of other bases (seeds 900 and 901,
-  3000 pretraining steps, an earlier wording of the world: win rates 0.766 and 0.810 after three iterations). That the
-  end of sequence is trained was settled on those of base 0, SAMI seeds 0 and 1: without it, as the authors have it, the
-  model forgot how to stop. A first study, frozen in a034ca2, was without it, on bases 1, 2, 3: they are not run again.
+  3000 pretraining steps, an earlier wording of the world). That the end of sequence is trained was settled on those of
+  base 0, SAMI seeds 0 and 1: without it, as the authors have it, the model forgot how to stop. A first study, frozen in
+  a034ca2, was without it, on bases 1, 2, 3: they are not run again.
 - Judge: `sami_jax.evaluation.judges.judge_miniature`.
 
 Beside it, not judged: held-out principles; and one iteration of 20 steps without and with KL, for over-optimisation.

@@ -389,6 +389,13 @@ def settings(model, tmp_path) -> dict:
     }
 
 
+def test_evaluate_needs_no_training_queries(settings, tmp_path):
+    del settings["queries"]["train"]
+    config, out = write(tmp_path / "config.json", settings), tmp_path / "out"
+    assert main(["evaluate", f"--config={config}", f"--model={settings['model']}", f"--out={out}"]) == 0
+    assert json.loads((out / "summary.json").read_text())["splits"]["learned"]["n_queries"] == 1
+
+
 LONG = {"example_id": "long", "text": "wórd " * 300}
 
 
