@@ -34,12 +34,12 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity fit clean
+.PHONY: help demo test lint parity fit fit-all clean
 # -j is welcome, but pip must not run twice in one environment.
 .NOTPARALLEL:
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-$(DEMO_SET) ## Run SAMI in miniature, from pretraining to the report, in runs/miniature.
 	$(VENV)/bin/sami run --config=configs/miniature.py --workdir=runs/miniature
@@ -55,7 +55,10 @@ lint: $(VENV)/.installed-train,test,lint ## Check style and types.
 parity: $(VENV_PARITY)/.installed-train,test,parity ## Compare the numbers with torch's.
 	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_FLAGS)
 
-fit: $(VENV_PARITY)/.installed-train,test,tpu ## Ask the TPU compiler whether runs compile and fit (Linux x86-64).
+fit: $(VENV_PARITY)/.installed-train,test,tpu ## Ask the TPU compiler whether a 7B run compiles and fits (Linux x86-64).
+	$(VENV_PARITY)/bin/python -m pytest tests/tpu -m "not minutes" $(PYTEST_FLAGS)
+
+fit-all: $(VENV_PARITY)/.installed-train,test,tpu ## The same for Mixtral 8x7B and Llama 3 70B; ten minutes or more.
 	$(VENV_PARITY)/bin/python -m pytest tests/tpu $(PYTEST_FLAGS)
 
 clean: ## Remove the environments and caches; runs/ stays.

@@ -1,6 +1,7 @@
 """The loss against arithmetic done by hand, numpy in float64, its invariances, its gradients and its edges."""
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -587,6 +588,10 @@ class BatchingTest(LossTestCase):
 
 class GoldensTest(LossTestCase):
     """Against numbers that torch computed in float64 (tests/goldens/make_losses.py); needs no torch."""
+
+    def test_are_those_of_the_script(self):
+        script = GOLDENS.with_name("make_losses.py").read_bytes()
+        self.assertEqual(json.loads(GOLDENS.read_text())["script"], hashlib.sha256(script).hexdigest())
 
     @jit_and_eager
     def test_contrast(self):

@@ -41,7 +41,8 @@ def make_output(*arguments: str) -> list[str]:
         ("lint", ".venv/bin/ruff format --check ."),
         ("lint", ".venv/bin/mypy"),
         ("parity", f".venv-parity/bin/python {PYTEST} tests/parity "),
-        ("fit", ".venv-parity/bin/python -m pytest tests/tpu "),
+        ("fit", '.venv-parity/bin/python -m pytest tests/tpu -m "not minutes" '),
+        ("fit-all", ".venv-parity/bin/python -m pytest tests/tpu "),
     ],
 )
 def test_target_runs_the_promised_command(target: str, command: str):
@@ -55,4 +56,5 @@ def test_clean_keeps_the_runs():
 
 
 def test_help_lists_every_target():
-    assert [line.split()[1] for line in make_output()] == ["help", "demo", "test", "lint", "parity", "fit", "clean"]
+    targets = ["help", "demo", "test", "lint", "parity", "fit", "fit-all", "clean"]
+    assert [line.split()[1] for line in make_output()] == targets

@@ -3,6 +3,7 @@
 python tests/goldens/make_losses.py
 """
 
+import hashlib
 import json
 import pathlib
 
@@ -50,10 +51,14 @@ def response(tokens: int, vocab: int) -> dict[str, object]:
     }
 
 
-if __name__ == "__main__":
-    goldens = {
+def goldens() -> dict[str, object]:
+    return {
+        "script": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
         "made_by": f"tests/goldens/make_losses.py, torch {torch.__version__}, float64",
         "contrast": [contrast(size) for size in range(2, 9)],
         "response": response(tokens=7, vocab=5),
     }
-    pathlib.Path(__file__).with_name("losses.json").write_text(json.dumps(goldens) + "\n")
+
+
+if __name__ == "__main__":
+    pathlib.Path(__file__).with_name("losses.json").write_text(json.dumps(goldens()) + "\n")
