@@ -386,11 +386,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    from sami_jax import iterations
-    from sami_jax.model.hub import fetch_model
+    from sami_jax.iterations import evaluate_folder
 
-    model = fetch_model(arguments.model)
-    print(iterations.evaluate_folder(config, model=model, baseline=arguments.baseline, out=arguments.out))
+    print(evaluate_folder(config, model=arguments.model, baseline=arguments.baseline, out=arguments.out))
 
 
 def _report(arguments: argparse.Namespace) -> None:

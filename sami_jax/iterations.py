@@ -99,8 +99,14 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     return out
 
 
-def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, out: Path) -> Path:
-    """Evaluates a model folder as a run would, against the base's evaluation folder where one is given.
+def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out: Path) -> Path:
+    """Evaluates a model as a run would, against the base's evaluation folder where one is given.
+
+    Args:
+      config: the settings; its model is the base.
+      model: a folder, or a name on the Hub.
+      baseline: the base's evaluation folder, or None.
+      out: gets summary.json and results.jsonl.
 
     Returns:
       `out/summary.json`.
@@ -108,14 +114,15 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
     Raises:
       BadDataError: a folder cannot be used.
     """
-    read_config(model)
+    run_directory.refuse_foreign(out)
     config = _with_files(config, iterations=0)
     stages.check_mesh(config, _base_shape(config))
-    run_directory.refuse_foreign(out)
+    folder = fetch_model(model)
+    read_config(folder)
     with run_directory.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
         base = Path(config.model)
-        model_hash, base_hash = stages.folder_hash(model), stages.folder_hash(base)
+        model_hash, base_hash = stages.folder_hash(folder), stages.folder_hash(base)
         iteration = 0 if model_hash == base_hash else 1
         compared = run_directory.file_hash(baseline / "results.jsonl") if baseline else None
         inputs = _evaluation_inputs(config, iteration, model=model_hash, base=base_hash, baseline=compared)
@@ -123,7 +130,7 @@ def evaluate_folder(config: RunConfig, *, model: Path, baseline: Path | None, ou
             stages.check_queries(config, iterations=0)
             stages.evaluate_stage(
                 config,
-                model=model,
+                model=folder,
                 base=base,
                 baseline=baseline,
                 iteration=iteration,

@@ -374,7 +374,7 @@ class TestEvaluate:
 
     def evaluate(self, settings: dict[str, Any], out: pathlib.Path, baseline: pathlib.Path | None = None) -> Any:
         config = from_dict(settings)
-        path = iterations.evaluate_folder(config, model=pathlib.Path(config.model), baseline=baseline, out=out)
+        path = iterations.evaluate_folder(config, model=config.model, baseline=baseline, out=out)
         return json.loads(path.read_text())
 
     def test_a_baseline_of_other_tasks_is_refused(self, settings, tmp_path):
