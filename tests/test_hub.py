@@ -170,14 +170,16 @@ def score(model: str, pairs: pathlib.Path, out: pathlib.Path) -> list[str]:
 def test_a_name_is_fetched_once_and_then_found_in_the_cache(hub, files, pairs, tmp_path):
     train = ["train", "--model=acme/tiny", f"--pairs={pairs}", f"--out={tmp_path / 'trained'}"]
     train += ["--config.train.steps=(1,)", "--config.train.queries_per_step=1"]
-    out, nowhere = tmp_path / "scores.jsonl", tmp_path / "nowhere.json"
-    again = [score("acme/tiny", nowhere, out), score(f"acme/tiny@{FIRST}", nowhere, out)]
+    out, unfit = tmp_path / "scores.jsonl", tmp_path / "unfit.json"
+    entry = {"prompt": "Summary:", "response": "", "example_id": 7, "response_ids": [10**6]}
+    unfit.write_text(json.dumps({"0": [entry, entry]}))
+    again = [score("acme/tiny", unfit, out), score(f"acme/tiny@{FIRST}", unfit, out)]
     (trained, *found) = commands(tmp_path / "cache", hub.url, train, *again)
     assert trained[0] == 0, trained
     card = (tmp_path / "trained" / "README.md").read_text()
     assert card.startswith("# acme/tiny after SAMI") and f"Trained from `acme/tiny@{FIRST}` by" in card
-    for code, sentence, _ in found:  # the model is there, the pairs are not
-        assert code == 65 and "nowhere.json does not exist" in sentence
+    for code, sentence, _ in found:  # the model is there, the pairs are another's
+        assert code == 65 and "outside the model's vocabulary" in sentence
     read = {name for name in files if name.startswith(("model-0", "model.safetensors.index", "tokenizer"))}
     fetched = [path.split("/")[-1] for path in hub.asked if "/resolve/" in path]
     assert sorted(fetched) == sorted(2 * list(read | {"config.json", "generation_config.json"}))  # HEAD and GET
@@ -262,13 +264,15 @@ def test_a_run_stays_with_the_commit_it_began_with(hub, files, tmp_path):
         "model": "acme/tiny",
         "queries": {name: str(tmp_path / "queries.jsonl") for name in ("train", "evaluation")},
         "constitutions": {"principles": str(tmp_path / "principles.json")},
-        "mesh": {"tensor": 3},  # which no heads here can be shared by: the run begins, and ends at once
+        "sampling": {"max_new_tokens": 2},  # nothing is worth training on: the run begins, and ends soon
+        "train": {"steps": [1], "queries_per_step": 1},
+        "iterations": 1,
     }
     config, workdir = tmp_path / "config.json", tmp_path / "run"
     config.write_text(json.dumps(settings))
     command = ["run", f"--config={config}", f"--workdir={workdir}"]
     (begun,) = commands(tmp_path / "cache", hub.url, command)
-    assert begun[0] == 78 and "config.mesh" in begun[1], begun
+    assert begun[0] == 65 and "kept 0 pairs of 1 queries" in begun[1], begun
     assert read_json(workdir / "RUN.json")["model"] == f"acme/tiny@{FIRST}"
     assert read_json(workdir / "config.json")["model"] == "acme/tiny"
     hub.repositories["acme/tiny"]["main"] = (SECOND, files | {"config.json": b"{}"})

@@ -13,19 +13,22 @@ from tiny_models import tiny_config
 SHAPE = tiny_config(vocab_size=256, n_layers=2, embed_dim=64, head_dim=16, n_heads=8, n_kv_heads=8, mlp_dim=512)
 
 
-def programs(shape=SHAPE, *, mesh=None, **train) -> dict[str, Program]:
+ALL = ("train step", "prefill", "decode step")
+
+
+def programs(shape=SHAPE, *, mesh=None, names=ALL, **train) -> dict[str, Program]:
     config = RunConfig(
         mesh=mesh or MeshConfig(),
         train=TrainConfig(**{"queries_per_step": 8} | train),
         sampling=SamplingConfig(max_new_tokens=8, chunk_queries=8),
     )
-    found = compile_programs(config, shape, jax.devices(), prompt_tokens=12, response_tokens=4)
+    found = compile_programs(config, shape, jax.devices(), prompt_tokens=12, response_tokens=4, names=names)
     return {program.name: program for program in found}
 
 
 def test_every_program_of_a_run_is_compiled_and_shared_devices_hold_less():
     one, eight = programs(micro_batch_queries=8), programs(mesh=MeshConfig(fsdp=8))
-    assert list(one) == list(eight) == ["train step", "prefill", "decode step"]
+    assert list(one) == list(eight) == list(ALL)
     for name, program in one.items():
         assert not program.refusal and program.compile_s > 0
         assert program.flops == eight[name].flops > 0  # of all devices together
@@ -34,7 +37,8 @@ def test_every_program_of_a_run_is_compiled_and_shared_devices_hold_less():
 
 def test_flops_are_those_of_the_batch():
     """Linear in layers and queries, which a count of a scan's body alone is not."""
-    shallow, deep = (programs(dataclasses.replace(SHAPE, n_layers=n), remat="none") for n in (1, 3))
+    shapes = [dataclasses.replace(SHAPE, n_layers=n) for n in (1, 3)]
+    shallow, deep = (programs(shape, names=["train step"], remat="none") for shape in shapes)
     tokens = 8 * 2 * 2 * 16
     matmuls = 64 * 8 * 16 * 2 + 64 * 8 * 16 * 2 + 3 * 64 * 512
     attention = 2 * 2 * 8 * 16 * 16  # scores and mixing, for each token
@@ -44,7 +48,7 @@ def test_flops_are_those_of_the_batch():
 
 def test_bfloat16_weights_and_no_reference_take_less():
     sizes = [
-        programs(**changes)["train step"].peak_bytes
+        programs(names=["train step"], **changes)["train step"].peak_bytes
         for changes in ({"kl_beta": 0.1}, {}, {"weights": "bfloat16_stochastic"})
     ]
     weights = 4 * 2 * (4 * 64 * 8 * 16 + 3 * 64 * 512)

@@ -411,7 +411,7 @@ def test_missing_files_are_named(tmp_path, name, words):
 
 def test_malformed_files_are_named(tmp_path):
     run_dir = write_run(tmp_path / "run", skills=(0.6, 0.7), n=8)
-    with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json .*mi_nats is .*nan"):
+    with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json, line 1: NaN is no finite number"):
         write_report(_with_learned(run_dir, mi_nats={"mean": float("nan"), "low": 0, "high": 1, "n": 8}))
     with pytest.raises(BadDataError, match=r"iter_001/eval/summary\.json .*unexpected keyword argument 'sd'"):
         write_report(_with_learned(run_dir, mi_nats={"mean": 0.5, "sd": 1, "n": 8}))

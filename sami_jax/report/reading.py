@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,18 +193,11 @@ def _read_evaluation(path: Path, iteration: int) -> Evaluation:
 
 def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:
     return SplitSummary(
-        estimates={key: _estimate(raw[key], key) for key in ESTIMATES if raw[key] is not None},
-        per_principle={name: _estimate(value, name) for name, value in (raw["per_principle"] or {}).items()},
+        estimates={key: Estimate(**raw[key]) for key in ESTIMATES if raw[key] is not None},
+        per_principle={name: Estimate(**value) for name, value in (raw["per_principle"] or {}).items()},
         win_rate_t=raw.get("win_rate_t"),  # runs of before it was written have none
         **{key: raw[key] for key in ("n_queries", "n_unscored", "wins", "ties", "losses", "judge")},
     )
-
-
-def _estimate(raw: Mapping[str, Any], name: str) -> Estimate:
-    estimate = Estimate(**raw)
-    if not all(math.isfinite(number) for number in estimate if number is not None):
-        raise ValueError(f"{name} is {raw}")
-    return estimate
 
 
 def _read_results(folder: Path) -> list[QueryResult]:
