@@ -11,7 +11,7 @@ from sami_jax.model.huggingface import read_config
 from sami_jax.plan import GIB, HBM_GIB, compile_programs, topology_devices
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TINY = {"n_layers": 2, "embed_dim": 512, "mlp_dim": 1024, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 2048}
+TINY = {"n_layers": 2, "embed_dim": 256, "mlp_dim": 512, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 512}
 
 
 def shape_of(file: str, **changes):
