@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -80,7 +79,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     with run_directory.locked(folder), stop_on_signal() as safe_point:
         trained = run_directory.sealed(folder, inputs=inputs) is not None
         if trained and out.exists() and any(out.iterdir()):
-            stages.drop_checkpoints(config, trained=folder)
+            stages.drop_checkpoints(config.train, trained=folder)
             return out  # finished before; only a finished training writes there
         check_folder(out)
         if not trained:
@@ -95,7 +94,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
                 safe_point=safe_point,
             )
         stages.save_trained(config, base=model, trained=folder, out=out, card=card)
-        stages.drop_checkpoints(config, trained=folder)
+        stages.drop_checkpoints(config.train, trained=folder)
     return out
 
 
@@ -184,7 +183,7 @@ class _Run:
             sampled = self._sample(iteration, model, model_hash)
             trained = self._train(iteration, base_hash, sampled)
             model, model_hash = folder / "export", self._export(iteration, base_hash, trained)
-            stages.drop_checkpoints(self.config, trained=folder / "train")
+            stages.drop_checkpoints(self.config.train, trained=folder / "train")
             self._evaluate(iteration, model, model_hash, base_hash, (baseline_folder, baseline))
         page = self.workdir / "report" / "index.html"
         if self.worked or not page.exists():
@@ -440,9 +439,11 @@ def _forgotten_if_refused(workdir: Path) -> Iterator[None]:
         yield
     except (BadConfigError, BadDataError):
         if not _has_begun(workdir):
-            shutil.rmtree(workdir / "attempts", ignore_errors=True)
-            for name in ("RUN.json", "config.json"):
-                (workdir / name).unlink(missing_ok=True)
+            attempts = workdir / "attempts"
+            for path in (*_records(attempts), workdir / "RUN.json", workdir / "config.json"):
+                path.unlink(missing_ok=True)
+            if attempts.is_dir() and not any(attempts.iterdir()):
+                attempts.rmdir()
         raise
 
 
@@ -450,7 +451,7 @@ def _forgotten_if_refused(workdir: Path) -> Iterator[None]:
 def _attempt(workdir: Path) -> Iterator[None]:
     """Keeps a record of this start: what was called, with which versions, and how it ended."""
     folder = workdir / "attempts"
-    number = 1 + max((int(p.stem) for p in folder.glob("[0-9]*.json")), default=0)
+    number = 1 + max((int(path.stem) for path in _records(folder)), default=0)
     record = {
         "argv": sys.argv,
         "python": sys.version.split()[0],
@@ -473,6 +474,10 @@ def _attempt(workdir: Path) -> Iterator[None]:
         raise
     finally:
         run_directory.write_json(path, {**record, "ended": _now(), "exit_code": code, "reason": reason})
+
+
+def _records(attempts: Path) -> list[Path]:
+    return [path for path in attempts.glob("[0-9]*.json") if path.stem.isdigit()]
 
 
 def _now() -> str:

@@ -18,13 +18,14 @@ def check_file(path: Path) -> None:
     """
     if path.is_dir():
         raise BadDataError(f"{path} is a folder; name a file.")
-    if is_stream(path):
+    stream = is_stream(path)
+    if stream:
         mode = path.stat().st_mode
         if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
             raise BadDataError(f"{path} is a {'socket' if stat.S_ISSOCK(mode) else 'disk'}; name a file.")
     if path.exists() and not os.access(path, os.W_OK):
         raise could_not_be_written(path, "it is write-protected")
-    if not is_stream(path):
+    if not stream:
         _try(path)
 
 

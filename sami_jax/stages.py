@@ -512,9 +512,9 @@ def export_stage(
     return run_directory.seal(out, inputs=inputs, counts={"step": step}, made_of=made_of)
 
 
-def drop_checkpoints(config: RunConfig, *, trained: Path) -> None:
+def drop_checkpoints(train: TrainConfig, *, trained: Path) -> None:
     """Deletes the checkpoints of a finished training whose exported model stands, unless they are to be kept."""
-    if not config.train.keep_checkpoints:
+    if not train.keep_checkpoints:
         shutil.rmtree(trained / "checkpoints", ignore_errors=True)  # what is left of it goes at the next start
 
 

@@ -170,10 +170,9 @@ def test_help_shows_the_settings_that_are_read_and_no_others(name, capsys):
     assert {f"config.{field}" for field in SETTINGS[name]} <= shown
     assert not shown & {"config.iterations", "config.queries.train", "config.filters.sentence_ends"}
     for field in shown:  # each is accepted, and the file is what the command stumbles on
-        value = {"true": "false"}.get(field, "1")
         words = [name, "--model=m", "--config=nowhere.py", *(["--out=o"] if name != "score" else [])]
         words += {"generate": ["--prompts=p"], "evaluate": []}.get(name, ["--pairs=p"])
-        fails(capsys, 78, *words, f"--{field}={value}", says=("nowhere.py does not exist",))
+        fails(capsys, 78, *words, f"--{field}=1", says=("nowhere.py does not exist",))
 
 
 @pytest.mark.parametrize(
@@ -450,6 +449,11 @@ def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_comm
     config, tensors = write(tmp_path / "config.json", settings), load_file(copy / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, copy / "model.safetensors")
     run = ["run", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    mine = write(tmp_path / "run" / "attempts" / "notes.txt", "somebody's own")
+    fails(capsys, 65, *run, f"--config.model={copy}", says=("missing: model.norm.weight",))
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == ["LOCK", "notes.txt"]
+    mine.unlink()
     fails(capsys, 65, *run, f"--config.model={copy}", says=("missing: model.norm.weight",))
     assert not (tmp_path / "run").exists()
     tiny = {"vocab_size": 512, "embed_dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "mlp_dim": 16}

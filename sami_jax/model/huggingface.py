@@ -330,7 +330,9 @@ def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     with safe_open(path, framework="numpy") as written:
         for name, values in tensors.items():
             if not np.array_equal(written.get_tensor(name).view(np.uint8), values.view(np.uint8)):
-                raise SaveFailedError(f"{path}: {name} was read back with other bytes; is the disk sound?")
+                raise SaveFailedError(
+                    f"{path}: {name} was read back with other bytes; look at the disk, then run again."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
