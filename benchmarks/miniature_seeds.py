@@ -34,8 +34,8 @@ import numpy as np
 
 from sami_jax.config import load_config
 from sami_jax.evaluation.win_rates import mean_with_interval
+from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.pretraining import pretrained_folder
-from sami_jax.run_directory import read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.py"

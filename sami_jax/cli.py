@@ -313,8 +313,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     if not config.pretraining.enabled:
         raise BadConfigError(f"{arguments.config} has no pretraining; set config.pretraining.enabled=true.")
-    from sami_jax.iterations import stop_on_signal
     from sami_jax.pretraining import pretrain
+    from sami_jax.safe_point import stop_on_signal
 
     with stop_on_signal() as safe_point:
         print(pretrain(config.pretraining, safe_point=safe_point))
@@ -322,13 +322,13 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    from sami_jax import run_directory, stages
+    from sami_jax import files, stages
     from sami_jax.model.hub import fetch_model
     from sami_jax.outputs import check_file
     from sami_jax.progress import Progress
 
     check_file(arguments.out)
-    records = run_directory.read_jsonl(arguments.prompts)
+    records = files.read_jsonl(arguments.prompts)
     for number, record in enumerate(records, start=1):
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt:
@@ -348,7 +348,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             said = {"response": response.text, "response_ids": list(response.ids), "finished": response.finished}
             lines.append({**record, **said})
         progress.update(len(lines))
-    run_directory.write_jsonl(arguments.out, lines)
+    files.write_jsonl(arguments.out, lines)
     print(f"{len(lines)} responses in {arguments.out}", file=sys.stderr)
 
 
@@ -357,7 +357,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.normalize:
         overrides = {**overrides, "train.normalize": arguments.normalize}
     config = load_config(arguments.config, overrides)
-    from sami_jax import run_directory, stages
+    from sami_jax import files, stages
     from sami_jax.data.pairs import read_entries
     from sami_jax.model.hub import fetch_model
     from sami_jax.outputs import check_file
@@ -367,7 +367,7 @@ def _score(arguments: argparse.Namespace) -> None:
     read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
     lines, summary = stages.score_file(config, model=fetch_model(arguments.model), pairs=arguments.pairs)
     if arguments.out:
-        run_directory.write_jsonl(arguments.out, lines)
+        files.write_jsonl(arguments.out, lines)
     else:
         print("\n".join(json.dumps(line) for line in lines))
     print(summary, file=sys.stderr)

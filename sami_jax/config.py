@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sami_jax.errors import BadConfigError, BadDataError
-from sami_jax.run_directory import read_json
+from sami_jax.files import read_json
 from sami_jax.types import Boundary, Dtype, Normalize, Remat
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes

@@ -13,8 +13,8 @@ from sami_jax.config import RunConfig, TrainConfig
 from sami_jax.errors import SaveFailedError
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import sharded_params
-from sami_jax.run_directory import DONE
 from sami_jax.sharding import make_mesh
+from sami_jax.stage_folder import DONE
 from sami_jax.training import abstract_state, make_optimizer
 
 

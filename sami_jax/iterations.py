@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import signal
 import sys
 import time
 import uuid
@@ -14,18 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sami_jax import run_directory, stages
+from sami_jax import files, stage_folder, stages
 from sami_jax.config import PRETRAINED, RunConfig, check_training, from_dict, to_dict
 from sami_jax.data.principles import read_principles
 from sami_jax.data.queries import read_queries
 from sami_jax.disk import check_disk
-from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, StoppedError, exit_code
+from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.hub import fetch_model, model_name
 from sami_jax.model.huggingface import find_weights, read_config
 from sami_jax.outputs import check_folder, refuse_file
 from sami_jax.pretraining import base_shape, pretrain
 from sami_jax.report.page import write_report
+from sami_jax.safe_point import SafePoint, stop_on_signal
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -48,7 +48,7 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
     """
     if config is not None:
         check_training(config, iterations=config.iterations)
-    with run_directory.locked(workdir):
+    with stage_folder.locked(workdir):
         config = _open_run(config, workdir, say)
         to_check = _needs_pretraining(config) and not _has_begun(workdir)
         # Only now: a download has no safe points, and SIGTERM is to end it.
@@ -74,10 +74,10 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
     out = Path(os.path.realpath(out))
     folder = out.with_name(f"{out.name}.training") if out.name else check_folder(out)
     read_config(model)
-    inputs = [*_training_inputs(config), stages.folder_hash(model), run_directory.file_hash(pairs)]
+    inputs = [*_training_inputs(config), stages.folder_hash(model), files.file_hash(pairs)]
     card = stages.model_card(config, 1, base=model_name(model))
-    with run_directory.locked(folder), stop_on_signal() as safe_point:
-        trained = run_directory.sealed(folder, inputs=inputs) is not None
+    with stage_folder.locked(folder), stop_on_signal() as safe_point:
+        trained = stage_folder.seal_of(folder, inputs=inputs) is not None
         if trained and out.exists() and any(out.iterdir()):
             stages.drop_checkpoints(config.train, trained=folder)
             return out  # finished before; only a finished training writes there
@@ -90,7 +90,7 @@ def train_folder(config: RunConfig, *, model: Path, pairs: Path, out: Path) -> P
                 iteration=1,
                 inputs=inputs,
                 out=folder,
-                log=lambda record: run_directory.append_jsonl(folder / "metrics.jsonl", record),
+                log=lambda record: files.append_jsonl(folder / "metrics.jsonl", record),
                 safe_point=safe_point,
             )
         stages.save_trained(config, base=model, trained=folder, out=out, card=card)
@@ -113,19 +113,19 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
     Raises:
       BadDataError: a folder cannot be used.
     """
-    run_directory.refuse_foreign(out)
+    stage_folder.refuse_foreign(out)
     config = _with_files(config, iterations=0)
     stages.check_mesh(config, _base_shape(config))
     folder = fetch_model(model)
     read_config(folder)
-    with run_directory.locked(out), stop_on_signal() as safe_point:
+    with stage_folder.locked(out), stop_on_signal() as safe_point:
         config = with_pretrained(config, safe_point)
         base = Path(config.model)
         model_hash, base_hash = stages.folder_hash(folder), stages.folder_hash(base)
         iteration = 0 if model_hash == base_hash else 1
-        compared = run_directory.file_hash(baseline / "results.jsonl") if baseline else None
+        compared = files.file_hash(baseline / "results.jsonl") if baseline else None
         inputs = _evaluation_inputs(config, iteration, model=model_hash, base=base_hash, baseline=compared)
-        if run_directory.sealed(out, inputs=inputs) is None:
+        if stage_folder.seal_of(out, inputs=inputs) is None:
             stages.check_queries(config, iterations=0)
             stages.evaluate_stage(
                 config,
@@ -157,10 +157,10 @@ def export_folder(workdir: Path, iteration: int, out: Path, *, dtype: str, verif
     """
     out = check_folder(out)
     exported = workdir / f"iter_{iteration:03d}" / "export"
-    if not (exported / run_directory.DONE).is_file():
+    if not (exported / stage_folder.DONE).is_file():
         raise BadDataError(f"{workdir} has no finished export of iteration {iteration}; go on with `sami run` first.")
-    run_directory.read_done(exported)
-    config = from_dict(run_directory.read_json(workdir / "config.json"))
+    stage_folder.read_done(exported)
+    config = from_dict(files.read_json(workdir / "config.json"))
     stages.convert(config, model=exported, out=out, dtype=dtype, verify=verify)
     return out
 
@@ -168,7 +168,7 @@ def export_folder(workdir: Path, iteration: int, out: Path, *, dtype: str, verif
 class _Run:
     """One attempt at a run; holds what its stages share."""
 
-    def __init__(self, config: RunConfig, workdir: Path, safe_point: Callable[[], None], say: Callable[[str], None]):
+    def __init__(self, config: RunConfig, workdir: Path, safe_point: SafePoint, say: Callable[[str], None]):
         self.config, self.workdir, self.safe_point, self.say = config, workdir, safe_point, say
         self.base = Path(config.model)
         self.worked = False
@@ -197,7 +197,7 @@ class _Run:
         inputs = {
             **_shared_inputs(c, "sample", iteration),
             "model": model_hash,
-            "queries": run_directory.file_hash(Path(c.queries.train)),
+            "queries": files.file_hash(Path(c.queries.train)),
             "needed": [c.train.steps[iteration - 1], c.train.queries_per_step, c.train.passes],
             "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.filters)],
         }
@@ -214,7 +214,7 @@ class _Run:
             base=self.base,
             pairs=folder / "sample" / "pairs.json",
             iteration=iteration,
-            log=lambda record: run_directory.append_jsonl(self.workdir / "metrics.jsonl", record),
+            log=lambda record: files.append_jsonl(self.workdir / "metrics.jsonl", record),
         )
 
     def _export(self, iteration: int, base_hash: str, trained: str) -> str:
@@ -243,7 +243,7 @@ class _Run:
 
     def _stage(self, name: str, iteration: int, inputs: Any, make: Callable[..., str], /, **arguments: Any) -> str:
         out = self._folder(iteration) / name
-        fingerprint = run_directory.sealed(out, inputs=inputs)
+        fingerprint = stage_folder.seal_of(out, inputs=inputs)
         if fingerprint is None:
             self.safe_point()
             self.worked = True
@@ -251,7 +251,7 @@ class _Run:
             fingerprint = make(self.config, inputs=inputs, out=out, safe_point=self.safe_point, **arguments)
             seconds = round(time.monotonic() - started, 3)
             event = {"event": "stage_done", "iteration": iteration, "stage": name, "seconds": seconds, "time": _now()}
-            run_directory.append_jsonl(self.workdir / "events.jsonl", event)
+            files.append_jsonl(self.workdir / "events.jsonl", event)
         return fingerprint
 
     def _folder(self, iteration: int) -> Path:
@@ -260,7 +260,7 @@ class _Run:
 
 def _shared_inputs(config: RunConfig, stage: str, iteration: int) -> dict[str, Any]:
     constitutions = {k: v for k, v in to_dict(config.constitutions).items() if k != "principles"}
-    principles = run_directory.file_hash(Path(config.constitutions.principles))
+    principles = files.file_hash(Path(config.constitutions.principles))
     return {
         "stage": stage,
         "iteration": iteration,
@@ -286,7 +286,7 @@ def _evaluation_inputs(
         "model": model,
         "base": base,
         "baseline": baseline,
-        "queries": [run_directory.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
+        "queries": [files.file_hash(Path(c.queries.evaluation)), c.queries.evaluation_count],
         "settings": [to_dict(c.prompts), to_dict(c.sampling), to_dict(c.evaluation)],
         "scoring": [c.train.normalize, c.train.micro_batch_queries, c.train.round_tokens_to, c.train.remat],
     }
@@ -316,10 +316,10 @@ def _open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None
             "seed": config.seed,
             "model": model,
         }
-        run_directory.write_json(workdir / "RUN.json", {**about, "config_sha256": run_directory.content_hash(plain)})
-        run_directory.write_json(stored, plain)  # last: where it stands, the run has begun
+        files.write_json(workdir / "RUN.json", {**about, "config_sha256": files.content_hash(plain)})
+        files.write_json(stored, plain)  # last: where it stands, the run has begun
         return found
-    before = run_directory.read_json(stored)
+    before = files.read_json(stored)
     if config is not None:
         # A setting that was not there yet had its default.
         changed = list(_differences(to_dict(from_dict(before)), to_dict(config), ""))
@@ -329,7 +329,7 @@ def _open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None
                 "the new ones, or leave out --config to go on with the old."
             )
     begun = from_dict(before)
-    model = run_directory.read_json(workdir / "RUN.json").get("model", begun.model)
+    model = files.read_json(workdir / "RUN.json").get("model", begun.model)
     found = _with_files(dataclasses.replace(begun, model=model), iterations=begun.iterations)
     _check_disk(found, workdir, say)
     return found
@@ -349,13 +349,13 @@ def _with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     """
     if _needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    files = {
+    named = {
         "queries.evaluation": config.queries.evaluation,
         "constitutions.principles": config.constitutions.principles,
     }
     if iterations:
-        files["queries.train"] = config.queries.train
-    for field, name in files.items():
+        named["queries.train"] = config.queries.train
+    for field, name in named.items():
         if PRETRAINED not in name:
             if not Path(name).is_file():
                 raise BadConfigError(f"config.{field} is {name!r}, which is not a file; name one.")
@@ -391,7 +391,7 @@ def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
         yield f"{prefix.rstrip('.')}: {before!r} -> {after!r}"
 
 
-def with_pretrained(config: RunConfig, safe_point: Callable[[], None]) -> RunConfig:
+def with_pretrained(config: RunConfig, safe_point: SafePoint) -> RunConfig:
     """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
     if not _needs_pretraining(config):
         return config
@@ -403,33 +403,6 @@ def _replaced(value: Any, folder: str) -> Any:
     if isinstance(value, dict):
         return {key: _replaced(item, folder) for key, item in value.items()}
     return value.replace(PRETRAINED, folder) if isinstance(value, str) else value
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], None]]:
-    """Yields the safe point: it raises StoppedError once SIGTERM or Ctrl-C came. A second Ctrl-C ends at once."""
-    asked: list[str] = []
-
-    def ask(number: int, _: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        print(
-            f"\n{asked[0]}: stopping at the next safe point (Ctrl-C again to stop at once).",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def safe_point() -> None:
-        if asked:
-            raise StoppedError(f"Stopped by {asked[0]}; the same command goes on from here.")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield safe_point
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -462,7 +435,7 @@ def _attempt(workdir: Path) -> Iterator[None]:
         "reason": None,
     }
     path = folder / f"{number:04d}.json"
-    run_directory.write_json(path, record)
+    files.write_json(path, record)
     code, reason = int(ExitCode.DONE), "done"
     try:
         yield
@@ -473,7 +446,7 @@ def _attempt(workdir: Path) -> Iterator[None]:
         code, reason = exit_code(error), f"{type(error).__name__}: {error}"
         raise
     finally:
-        run_directory.write_json(path, {**record, "ended": _now(), "exit_code": code, "reason": reason})
+        files.write_json(path, {**record, "ended": _now(), "exit_code": code, "reason": reason})
 
 
 def _records(attempts: Path) -> list[Path]:

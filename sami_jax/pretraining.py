@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sami_jax import run_directory
 from sami_jax.checkpoints import Checkpoints
 from sami_jax.config import PretrainingConfig, to_dict
 from sami_jax.data import miniature
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import NonFiniteError
+from sami_jax.files import append_jsonl, content_hash, read_log, write_json, write_jsonl
 from sami_jax.losses import token_logps
 from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import init_params, make_model
 from sami_jax.model.huggingface import save_model
 from sami_jax.progress import Progress
+from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import jax_key
+from sami_jax.stage_folder import check_sealed, locked, seal, seal_of
 from sami_jax.types import Array, Params, ScoreFn, TrainState
 
 BOS, EOS = "<s>", "</s>"
 
-# What decides a bit of the weights or the data: draws, texts, ids, loss, model, and the order they are stored in. What
-# else this file imports keeps (run_directory, json_text, checkpoints), names (config, types, errors), shows (progress)
-# or is not used by a dense model on one device (sharding, experts).
-_SOURCES = (
-    "pretraining.py seeds.py losses.py data/miniature.py data/principles.py data/constitutions.py data/prompts.py "
-    "data/queries.py data/tokenizer.py model/config.py model/layers.py model/decoder.py model/huggingface.py"
-).split()
+# Raise it where a change makes other weights or data of the same settings (tests/test_pretraining.py tells): a finished
+# base is then made anew, and no longer taken for what this code would make.
+BASE_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers")
 
 
 def pretrained_folder(config: PretrainingConfig) -> Path:
-    """Where the base of this config is kept: named by the hash of all that makes it, code and libraries included."""
+    """Where the base of this config is kept: named by the hash of its settings, BASE_VERSION and the libraries."""
     made_by = {
         "config": _without_place(config),
-        "code": {name: run_directory.file_hash(Path(__file__).parent / name) for name in _SOURCES},
+        "base_version": BASE_VERSION,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
-    return Path(config.cache_dir) / run_directory.content_hash(made_by)[:16]
+    return Path(config.cache_dir) / content_hash(made_by)[:16]
 
 
-def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Path:
+def pretrain(config: PretrainingConfig, *, safe_point: SafePoint) -> Path:
     """Makes the base model and its world, once; an interrupted pretraining goes on from its newest checkpoint.
 
     Args:
@@ -63,11 +60,11 @@ def pretrain(config: PretrainingConfig, *, safe_point: Callable[[], None]) -> Pa
     """
     folder, inputs = pretrained_folder(config), _without_place(config)
     # A finished folder is not locked, so that any number of runs may read it at once.
-    if run_directory.sealed(folder, inputs=inputs) is None:
-        with run_directory.locked(folder):
-            if run_directory.sealed(folder, inputs=inputs) is None:
+    if seal_of(folder, inputs=inputs) is None:
+        with locked(folder):
+            if seal_of(folder, inputs=inputs) is None:
                 _make(config, folder, safe_point)
-    run_directory.check_sealed(folder)
+    check_sealed(folder)
     # Only behind the seal: a kill before it would repeat all steps. Also what a kill in the middle of this line left.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
@@ -148,7 +145,7 @@ def muon_dimensions(params: Params) -> Params:
     return {name: blocks if name == "blocks" else None for name in params}
 
 
-def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None]) -> None:
+def _make(config: PretrainingConfig, folder: Path, safe_point: SafePoint) -> None:
     documents = list(miniature.draw_corpus(config.seed, config.steps * config.batch_size))
     tokenizer = _train_tokenizer(documents, config, folder / "tokenizer")
     shape = base_shape(config)
@@ -170,11 +167,11 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: Callable[[], None
         config.seed, train=config.train_queries, validation=config.validation_queries, test=config.test_queries
     )
     for split, queries in splits.items():
-        run_directory.write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
+        write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
     principles = [dataclasses.asdict(p) for p in miniature.draw_principles(config.seed)]
-    run_directory.write_json(folder / "data" / "principles.json", principles)
+    write_json(folder / "data" / "principles.json", principles)
     counts = {"documents": len(documents), "steps": config.steps}
-    run_directory.seal(folder, inputs=_without_place(config), counts=counts, outside="checkpoints")
+    seal(folder, inputs=_without_place(config), counts=counts, outside="checkpoints")
 
 
 def _train(
@@ -182,7 +179,7 @@ def _train(
     shape: DecoderConfig,
     sequences: list[tuple[list[int], list[float]]],
     folder: Path,
-    safe_point: Callable[[], None],
+    safe_point: SafePoint,
 ) -> Params:
     score, optimizer = make_model(shape).score, pretraining_optimizer(config)
     params = init_params(shape, jax_key(config.seed, "init"))
@@ -200,7 +197,7 @@ def _train(
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         state = checkpoints.restore_latest(state) or state
         first = int(state.step)
-        run_directory.write_jsonl(log, [line for line in run_directory.read_log(log) if line["step"] <= first])
+        write_jsonl(log, [line for line in read_log(log) if line["step"] <= first])
         progress = Progress("pretraining", config.steps, unit="steps", done=first)
         losses = []
         for index in range(first, config.steps):
@@ -212,7 +209,7 @@ def _train(
             mean = float(np.mean(jax.device_get(losses)))
             if not np.isfinite(mean):
                 raise NonFiniteError(f"Pretraining: the loss is {mean} at step {index + 1}; lower its learning rates.")
-            run_directory.append_jsonl(log, {"step": index + 1, "loss": mean})
+            append_jsonl(log, {"step": index + 1, "loss": mean})
             progress.update(index + 1, f"loss {mean:.3f}")
             losses = []
             if (index + 1) % save_every == 0:
@@ -262,7 +259,7 @@ def _train_tokenizer(documents: list[tuple[str, str]], config: PretrainingConfig
         "eos_token": EOS,
         "model_max_length": config.max_positions,
     }
-    run_directory.write_json(folder / "tokenizer_config.json", described)
+    write_json(folder / "tokenizer_config.json", described)
     return load_tokenizer(folder)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sami_jax import run_directory
+from sami_jax import files, stage_folder
 from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.config import PromptsConfig, RunConfig, SamplingConfig, TrainConfig
 from sami_jax.data.constitutions import Constitution, draw_constitutions
@@ -32,6 +32,7 @@ from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.huggingface import load_params, model_files, read_config, read_end_ids, save_finetuned
 from sami_jax.processes import agreed, writes
 from sami_jax.progress import Progress
+from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response, make_stops, sample_responses
 from sami_jax.scoring import batch_widths, make_batch, score_pairs
 from sami_jax.seeds import generator
@@ -57,7 +58,6 @@ from sami_jax.training import (
 )
 from sami_jax.types import Dtype, Params, TrainState
 
-SafePoint = Callable[[], None]  # called where a stage may stop; raises StoppedError when someone asked for it
 Log = Callable[[dict[str, Any]], None]  # takes one line of metrics.jsonl
 
 
@@ -123,7 +123,7 @@ def open_model(folder: Path, config: RunConfig) -> OpenModel:
     """A Hugging Face folder's model for the config's mesh. Raises BadDataError where it cannot be used."""
     shape = read_config(folder)
     if writes():  # one process for all: the bytes are the same, and reading them may take minutes
-        run_directory.check_sealed(folder)
+        stage_folder.check_sealed(folder)
     mesh = make_mesh(config.mesh)
     model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
     tokenizer = load_tokenizer(folder)
@@ -165,7 +165,7 @@ def folder_hash(folder: Path) -> str:
     Raises:
       BadDataError: its weights are missing.
     """
-    return run_directory.content_hash([[name, run_directory.file_hash(folder / name)] for name in model_files(folder)])
+    return files.content_hash([[name, files.file_hash(folder / name)] for name in model_files(folder)])
 
 
 def check_prompts(opened: OpenModel, prompts: Sequence[str], config: SamplingConfig) -> list[list[int]]:
@@ -344,7 +344,7 @@ def sample_stage(
     """
     principles = [p for p in read_principles(Path(config.constitutions.principles)) if not p.held_out]
     queries = alternating_half(read_queries(Path(config.queries.train)), iteration)
-    run_directory.begin(out, inputs=inputs)
+    stage_folder.begin(out, inputs=inputs)
     order = generator(config.seed, "sample", iteration).permutation(len(queries))
     needed = pairs_needed(config.train, iteration)
     loaded = load_model(model, config)
@@ -376,9 +376,9 @@ def sample_stage(
             "queries, fewer config.train.steps, or higher config.train.passes."
         )
     write_pairs(out / "pairs.json", kept)
-    run_directory.write_jsonl(out / "rejects.jsonl", rejects)
+    files.write_jsonl(out / "rejects.jsonl", rejects)
     counts = {"queries": len(queries), "sampled": asked, "kept": len(kept), "dropped": dropped}
-    return run_directory.seal(out, inputs=inputs, counts=counts)
+    return stage_folder.seal(out, inputs=inputs, counts=counts)
 
 
 def train_stage(
@@ -435,13 +435,13 @@ def train_stage(
     # Before anything is written, so that weights that are refused leave nothing behind.
     fresh = None if (out / "checkpoints").is_dir() else fresh_state(opened, train)
     reference = opened.load(config.compute_dtype) if train.kl_beta > 0 else None
-    run_directory.begin(out, inputs=inputs)
+    stage_folder.begin(out, inputs=inputs)
     schedule = [
         query_indices(len(data), step, seed=config.seed, iteration=iteration, queries_per_step=size)
         for step in range(steps)
     ]
     ids = [[data[i].example_id for i in indices] for indices in schedule]
-    run_directory.write_json(out / "data.json", ids)
+    files.write_json(out / "data.json", ids)
     width, response_width = batch_widths(data, round_to=train.round_tokens_to, eos_id=eos_id)
     step_fn = make_train_step(opened.model.score, train, seed=config.seed)
     sharding = micro_batch_sharding(opened.mesh)
@@ -482,7 +482,7 @@ def train_stage(
                 checkpoints.save_if_stopped(state, safe_point)
     widths = {"width": width, "response_width": response_width}
     counts = {"steps": steps, "pairs": len(data), **widths, "state": fingerprint(state)}
-    return run_directory.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
+    return stage_folder.seal(out, inputs=inputs, counts=counts, outside="checkpoints")
 
 
 def fresh_state(opened: OpenModel, train: TrainConfig) -> TrainState:
@@ -509,7 +509,7 @@ def export_stage(
     shutil.rmtree(out, ignore_errors=True)  # only ever an export that was cut off before its seal
     step = save_trained(config, base=base, trained=trained, out=out, card=card)
     made_of = "" if config.train.keep_checkpoints else trained.name
-    return run_directory.seal(out, inputs=inputs, counts={"step": step}, made_of=made_of)
+    return stage_folder.seal(out, inputs=inputs, counts={"step": step}, made_of=made_of)
 
 
 def drop_checkpoints(train: TrainConfig, *, trained: Path) -> None:
@@ -524,7 +524,7 @@ def save_trained(config: RunConfig, *, base: Path, trained: Path, out: Path, car
     Raises:
       BadDataError: its last checkpoint is damaged.
     """
-    finished = run_directory.read_done(trained)["counts"]
+    finished = stage_folder.read_done(trained)["counts"]
     opened = open_model(base, config)
     with Checkpoints(trained / "checkpoints") as checkpoints:
         state = checkpoints.restore_latest(opened.state(config.train))
@@ -632,7 +632,7 @@ def evaluate_stage(
     theirs = _read_baseline(baseline, all_tasks, config) if baseline else None
     loaded = load_model(model, config)
     base_params = loaded.params if model == base else load_model(base, config).params
-    run_directory.begin(out, inputs=inputs)
+    stage_folder.begin(out, inputs=inputs)
     records: list[dict[str, Any]] = []
     splits: dict[str, Any] = {}
     for split, tasks in all_tasks.items():
@@ -647,21 +647,21 @@ def evaluate_stage(
         splits[split] = summarize(mine, None if theirs is None else [r for r in theirs if r["split"] == split])
         splits[split]["judge"] = None if config.evaluation.judge == "none" else config.evaluation.judge
         records += mine
-    run_directory.write_jsonl(out / "results.jsonl", records)
+    files.write_jsonl(out / "results.jsonl", records)
     summary = {
         "iteration": iteration,
         "normalize": config.train.normalize,
         "ceiling_nats": math.log(config.constitutions.count),
         "splits": splits,
     }
-    run_directory.write_json(out / "summary.json", summary)
-    return run_directory.seal(out, inputs=inputs, counts={name: split["n_queries"] for name, split in splits.items()})
+    files.write_json(out / "summary.json", summary)
+    return stage_folder.seal(out, inputs=inputs, counts={name: split["n_queries"] for name, split in splits.items()})
 
 
 def _read_baseline(folder: Path, tasks: dict[str, list[Task]], config: RunConfig) -> list[dict[str, Any]]:
     """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""
-    run_directory.check_sealed(folder / "results.jsonl")
-    records = run_directory.read_jsonl(folder / "results.jsonl")
+    stage_folder.check_sealed(folder / "results.jsonl")
+    records = files.read_jsonl(folder / "results.jsonl")
     judged = config.evaluation.judge != "none"
     wanted = [
         [name, task.query.example_id, [constitution.text for constitution in task.constitutions], judged]
@@ -730,8 +730,8 @@ def _answer_chunk(loaded: LoadedModel, tasks: Sequence[Task], config: RunConfig,
             }
             for i, task in enumerate(tasks)
         ]
-        run_directory.write_jsonl(path, lines)
-    records = run_directory.read_jsonl(path)
+        files.write_jsonl(path, lines)
+    records = files.read_jsonl(path)
     if [record["example_id"] for record in records] != [task.query.example_id for task in tasks]:
         raise BadDataError(f"{path} holds other queries than the run asks for; delete it to have it sampled anew.")
     return [[Response(r["text"], tuple(r["ids"]), r["finished"]) for r in record["responses"]] for record in records]

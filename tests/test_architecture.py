@@ -14,7 +14,7 @@ PACKAGE = "sami_jax"
 # A module may import the modules before it in this list, and none behind it, wherever in the file the import stands.
 # A module that is not here has no place yet: put it where it belongs.
 ORDER = """
-    errors losses flops types seeds progress json_text outputs run_directory config processes sharding
+    errors losses flops types seeds progress json_text outputs files safe_point stage_folder config processes sharding
     data.principles data.constitutions data.prompts data.queries data.tokenizer data.filters data.pairs data.miniature
     model.config model.layers model.moe model.decoder model.huggingface model.hub
     checkpoints pretraining sampling scoring training disk

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from sami_jax.cli import main
 from sami_jax.config import describe_fields
-from sami_jax.run_directory import read_jsonl
+from sami_jax.files import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "miniature.py")

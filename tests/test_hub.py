@@ -18,10 +18,10 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from sami_jax.config import from_dict
+from sami_jax.files import read_json, read_jsonl
 from sami_jax.model.config import config_to_huggingface
 from sami_jax.model.hub import fetch_model, model_name
 from sami_jax.model.huggingface import save_model
-from sami_jax.run_directory import read_json, read_jsonl
 from sami_jax.stages import model_card
 from tiny_models import random_params, tiny_config, write_tokenizer
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sami_jax.run_directory import read_json, read_jsonl, read_log
+from sami_jax.files import read_json, read_jsonl, read_log
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "miniature.py"

@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from sami_jax.errors import BadDataError, SaveFailedError
+from sami_jax.files import building, write_text
 from sami_jax.outputs import check_file, check_folder, is_stream
-from sami_jax.run_directory import building, write_text
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -82,7 +82,7 @@ class TestFiles:
     def test_standard_output_is_written_to_whatever_it_is(self, tmp_path, place, to):
         code = (
             "import pathlib, sys\n"
-            "from sami_jax.run_directory import write_text\n"
+            "from sami_jax.files import write_text\n"
             "from sami_jax.outputs import check_file\n"
             "print('before')\n"
             "check_file(pathlib.Path(sys.argv[1]))\n"

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -20,9 +23,12 @@ import pytest
 
 import doubles
 from sami_jax.config import PretrainingConfig, to_dict
+from sami_jax.data import miniature
 from sami_jax.errors import StoppedError
-from sami_jax.model.decoder import abstract_params
+from sami_jax.files import file_hash, read_json, read_log
+from sami_jax.model.decoder import abstract_params, init_params
 from sami_jax.pretraining import (
+    BASE_VERSION,
     base_shape,
     muon_dimensions,
     pretrain,
@@ -30,9 +36,8 @@ from sami_jax.pretraining import (
     pretraining_optimizer,
     weighted_cross_entropy,
 )
-from sami_jax.run_directory import read_json, read_log
+from sami_jax.seeds import jax_key
 from sami_jax.types import Array, Params
-from test_architecture import SOURCES, imported_modules
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT_S = 120  # a process here takes about 10 s on two cores
@@ -227,35 +232,6 @@ if moment == "deletion":
 print(pretrain(config, safe_point=lambda: kill_if(str(next(calls)) == moment)))
 """
 
-# Prints which of the package's files, and which installed versions, give the default config another folder.
-MAKERS = """
-import json, pathlib, sys
-
-import sami_jax
-from sami_jax.config import PretrainingConfig
-from sami_jax.pretraining import pretrained_folder
-
-package, site = pathlib.Path(sami_jax.__file__).parent, pathlib.Path(sys.argv[1])
-assert package.parent == site.parent, "this would edit the real package"
-plain, found = pretrained_folder(PretrainingConfig()), []
-for path in sorted(package.rglob("*.py")):
-    source = path.read_text()
-    path.write_text(source + "# edited\\n")
-    if pretrained_folder(PretrainingConfig()) != plain:
-        found.append(".".join(path.relative_to(package).with_suffix("").parts))
-    path.write_text(source)
-assert pretrained_folder(PretrainingConfig()) == plain
-for name in ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers", "pytest"):
-    metadata = site / name / f"{name}-0.0.0.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: 0.0.0\\n")
-    sys.path.insert(0, str(site / name))
-    if pretrained_folder(PretrainingConfig()) != plain:
-        found.append(name)
-    sys.path.pop(0)
-print(json.dumps(found))
-"""
-
 
 def script(source: str, *arguments: str, package: pathlib.Path = ROOT) -> subprocess.CompletedProcess[str]:
     # As many devices as this process has, so that the same threads compute the same bits.
@@ -335,35 +311,59 @@ def test_stopped_and_killed_between_steps_and_behind_the_seal_it_ends_bitwise_eq
     assert "checkpoints" not in {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.slow
-def test_the_folder_is_named_by_all_that_decides_the_bytes_and_by_nothing_else(tmp_path):
-    shutil.copytree(ROOT / "sami_jax", tmp_path / "sami_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    done = script(MAKERS, str(tmp_path / "site"), package=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = set(json.loads(done.stdout))
-    assert found - set(SOURCES) == {"jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers"}
+# Of TINY with BASE_VERSION 1. Where code was changed and these fail, raise BASE_VERSION and write the new values here.
+DATA_SHA256 = {
+    "corpus": "72141ffe3ef05c0a3a92378b77a230df1f56c4cb85f8bb1efc5dafd6c120124e",
+    "principles.json": "8b75e74c4cd3ece1241a910ae5ab5b5f1f26af274154f4487abfbf26dd5bb270",
+    "train.jsonl": "5afcde1e443d50eeca52006e20d4041056fc46f3002ede2396bba594085fdb97",
+    "validation.jsonl": "28530256cafa0f43111cab6c1f9c9b407097885d7a69c5193333535e731d903a",
+    "test.jsonl": "4de02a3db79a401ac2b7a71ca10191db29459d451469d64e8868cecfc0be222b",
+}
+INITIAL_WEIGHTS = {  # the first three of each leaf
+    "embedding": [0.01426119, -0.004762919, -0.007394351],
+    "blocks.attention_norm": [1.0, 1.0, 1.0],
+    "blocks.attention.query": [-0.01207279, 0.009658409, 0.0004266556],
+    "blocks.attention.key": [0.009313286, 0.05190027, 0.04007843],
+    "blocks.attention.value": [-0.02136083, 0.0234227, -0.02059604],
+    "blocks.attention.out": [-0.02775802, 0.01349871, 0.001156204],
+    "blocks.mlp_norm": [1.0, 1.0, 1.0],
+    "blocks.mlp.gate": [-0.01266575, 0.01045472, 0.01567089],
+    "blocks.mlp.up": [-0.01164914, -0.009103045, -0.01837948],
+    "blocks.mlp.down": [0.01521648, -0.01196862, 0.007838359],
+    "final_norm": [1.0, 1.0, 1.0],
+}
+FIRST_AND_LAST_LOSS = (6.240674, 5.500989)
 
-    reached, ahead = set(), {"pretraining"}
-    while ahead:
-        reached.add(name := ahead.pop())
-        ahead |= imported_modules(name, SOURCES[name], set(SOURCES)) - reached
-    # A module that pretraining comes to stand on is to be hashed, or to be named here, for it decides no byte.
-    assert reached - found == {
-        *(
-            "checkpoints",
-            "run_directory",
-            "json_text",
-            "outputs",
-            "config",
-            "types",
-            "errors",
-            "processes",
-            "progress",
-            "sharding",
-        ),
-        "model.moe",
-    }
-    assert found & set(SOURCES) <= reached
+
+@pytest.mark.slow
+def test_other_weights_or_data_of_the_same_settings_want_another_base_version(whole):
+    assert BASE_VERSION == 1
+    corpus = "\0".join(itertools.chain(*miniature.draw_corpus(TINY.seed, TINY.steps * TINY.batch_size)))
+    found = {name: file_hash(whole / "data" / name) for name in DATA_SHA256 if name != "corpus"}
+    assert found | {"corpus": hashlib.sha256(corpus.encode()).hexdigest()} == DATA_SHA256
+    params = by_name(init_params(base_shape(TINY), jax_key(TINY.seed, "init")))
+    assert params.keys() == INITIAL_WEIGHTS.keys()
+    for name, values in INITIAL_WEIGHTS.items():
+        np.testing.assert_allclose(params[name].ravel()[:3], values, rtol=1e-5, err_msg=name)
+    losses = [line["loss"] for line in read_log(whole / "metrics.jsonl")]
+    # Thirty steps of float32, whose sums other versions of XLA may order otherwise.
+    np.testing.assert_allclose((losses[0], losses[-1]), FIRST_AND_LAST_LOSS, rtol=1e-4)
+
+
+def other_version(library: str, name: str, version: Callable[[str], str] = importlib.metadata.version) -> str:
+    """An installed version, but for one library's."""
+    return "0" if name == library else version(name)
+
+
+def test_base_version_and_library_versions_name_the_folder(monkeypatch):
+    names = [pretrained_folder(TINY)]
+    monkeypatch.setattr("sami_jax.pretraining.BASE_VERSION", BASE_VERSION + 1)
+    names.append(pretrained_folder(TINY))
+    for library in ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers", "pytest"):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", functools.partial(other_version, library))
+            names.append(pretrained_folder(TINY))
+    assert len(set(names)) == len(names) - 1 and names[-1] == names[1]  # pytest's version alone decides nothing
 
 
 def test_the_config_decides_the_folder_and_its_place_does_not(tmp_path):

@@ -13,9 +13,9 @@ from sami_jax import iterations, stages
 from sami_jax.config import RunConfig, from_dict
 from sami_jax.data.prompts import render
 from sami_jax.errors import BadDataError
+from sami_jax.files import read_json, read_jsonl
 from sami_jax.model.config import config_to_huggingface
 from sami_jax.model.huggingface import save_model
-from sami_jax.run_directory import read_json, read_jsonl
 from tiny_models import random_params, tiny_config, write_tokenizer
 
 LEARNING_RATE = 0.01  # of single AdamW steps: each weight moves by about so much, and what is sampled changes

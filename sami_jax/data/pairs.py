@@ -7,7 +7,8 @@ from typing import Any
 
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError
-from sami_jax.run_directory import check_sealed, read_json, write_json
+from sami_jax.files import read_json, write_json
+from sami_jax.stage_folder import check_sealed
 from sami_jax.types import Boundary
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from sami_jax.errors import BadDataError
-from sami_jax.run_directory import read_json
+from sami_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sami_jax.errors import BadDataError
-from sami_jax.run_directory import read_jsonl
+from sami_jax.files import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 from sami_jax.data.tokenizer import TOKENIZER_FILES
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
+from sami_jax.files import building, read_json, write_json, write_text
 from sami_jax.model.config import DecoderConfig, config_from_huggingface
 from sami_jax.model.decoder import abstract_params
 from sami_jax.processes import agreed, writes
-from sami_jax.run_directory import building, read_json, write_json, write_text
 from sami_jax.sharding import gather
 from sami_jax.types import Array, Params
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.files import write_text
 from sami_jax.report import charts, findings, samples, tables
 from sami_jax.report.measures import (
     ADHERENCE,
@@ -23,7 +24,6 @@ from sami_jax.report.measures import (
     iteration_label,
 )
 from sami_jax.report.reading import Run, SplitSummary, read_run
-from sami_jax.run_directory import write_text
 
 N_OPEN_SAMPLES = 2  # per split, unfolded on the page
 TEMPLATES = Path(__file__).parents[1] / "templates"

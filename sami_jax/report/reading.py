@@ -10,8 +10,9 @@ import numpy as np
 
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.files import read_json, read_jsonl, read_log
 from sami_jax.report.measures import METRICS, SPLIT_LABELS
-from sami_jax.run_directory import check_sealed, read_json, read_jsonl, read_log
+from sami_jax.stage_folder import check_sealed
 
 ESTIMATES = [key for metric in METRICS for key in (metric.key, metric.gain_key) if key]
 
