@@ -15,7 +15,7 @@ import sys
 
 from sami_jax.config import load_config
 from sami_jax.errors import SamiError, exit_code
-from sami_jax.model.huggingface import read_config
+from sami_jax.huggingface.folder import read_config
 from sami_jax.plan import GIB, HBM_GIB, compile_programs, topology_devices
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"

@@ -33,8 +33,9 @@ from typing import Any
 import numpy as np
 
 from sami_jax.config import load_config
+from sami_jax.evaluation.results import read_results
 from sami_jax.evaluation.win_rates import mean_with_interval
-from sami_jax.files import read_json, read_jsonl, write_json
+from sami_jax.files import read_json, write_json
 from sami_jax.pretraining import pretrained_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,14 +112,12 @@ def run_job(kind: str, base: int, seed: int, *, steps: int, out: Path) -> dict[s
 def faithful_change(before: Path, after: Path) -> dict[str, Any]:
     """Paired change of the share of faithful responses, learned principles."""
     rows = [
-        [
-            np.mean([v["faithful"] for v in r["verdicts"]])
-            for r in read_jsonl(folder / "results.jsonl")
-            if r["split"] == "learned"
-        ]
+        np.array(
+            [r.per_query("faithful") for r in read_results(folder / "results.jsonl") if r.split == "learned"], float
+        )
         for folder in (before, after)
     ]
-    return mean_with_interval(np.subtract(rows[1], rows[0]))._asdict()
+    return mean_with_interval(rows[1] - rows[0])._asdict()
 
 
 def pretraining_flags(base: int, steps: int, out: Path) -> list[str]:

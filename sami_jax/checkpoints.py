@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from sami_jax.errors import BadDataError, SaveFailedError, StoppedError, is_out_of_memory
-from sami_jax.processes import agreed, writes
+from sami_jax.processes import agreed, is_writer
 from sami_jax.types import Array, TrainState
 
 KEPT = 2  # checkpoints, the newest ones
@@ -105,7 +105,7 @@ class Checkpoints:
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             aside = self._folder / f"damaged-step-{step}"
             with agreed():
-                if writes():
+                if is_writer():
                     shutil.rmtree(aside, ignore_errors=True)
                     self._step_folder(step).rename(aside)
             self._manager.reload()  # it lists steps once; without this, it would refuse to save this step again

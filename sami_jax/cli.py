@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 from sami_jax.config import RunConfig, describe_fields, load_config, no_local_path
 from sami_jax.errors import (
     BadConfigError,
-    BadDataError,
     ExitCode,
     SamiError,
-    enough_memory,
     exit_code,
     is_out_of_memory,
 )
@@ -134,7 +132,10 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("--prompts", required=True, type=_path, help='JSON lines, each an object with "prompt"')
     generate.add_argument(
-        "--out", required=True, type=_path, help="gets the same lines with response, response_ids, finished"
+        "--out",
+        required=True,
+        type=_path,
+        help="gets the same lines with response, response_ids, finished; OUT.parts/ keeps what is done until it stands",
     )
     generate.add_argument("--config", type=_local, help="config file for the settings below")
     generate.add_argument("--rows", type=_positive, default=16, help="prompts sampled together (default 16)")
@@ -161,7 +162,11 @@ def _build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--normalize", choices=("mean", "sum"), help="a response's log-prob: mean over its tokens or sum"
     )
-    score.add_argument("--out", type=_path, help="JSON lines; left out: standard output")
+    score.add_argument(
+        "--out",
+        type=_path,
+        help="JSON lines, of which OUT.parts/ keeps what is done until it stands; left out: standard output",
+    )
     score.add_argument("--config", type=_local, help="config file for the settings below")
 
     train = _command(
@@ -302,10 +307,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if not arguments.config and arguments.config_overrides:
         raise BadConfigError("--config.* settings need --config; without it a run goes on with its own settings.")
     config = _load(arguments) if arguments.config else None
-    from sami_jax import iterations
     from sami_jax.report.tables import summary_table
+    from sami_jax.run.loop import run
 
-    page = iterations.run(config, arguments.workdir)
+    page = run(config, arguments.workdir)
     print(f"\n{summary_table(arguments.workdir)}\nReport: {page}")
 
 
@@ -322,34 +327,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    from sami_jax import files, stages
-    from sami_jax.model.hub import fetch_model
-    from sami_jax.outputs import check_file
-    from sami_jax.progress import Progress
+    from sami_jax.run.single_stages import generate_file
 
-    check_file(arguments.out)
-    records = files.read_jsonl(arguments.prompts)
-    for number, record in enumerate(records, start=1):
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not prompt:
-            raise BadDataError(f"{arguments.prompts}, entry {number}: expected an object with a non-empty prompt.")
-    if not records:
-        raise BadDataError(f"{arguments.prompts} holds no prompts.")
-    opened = stages.open_model(fetch_model(arguments.model), config)
-    stages.check_prompts(opened, [record["prompt"] for record in records], config.sampling)
-    loaded = opened.loaded(config.compute_dtype)
-    progress = Progress("sampling", len(records), unit="prompts")
-    lines = []
-    for start in range(0, len(records), arguments.rows):
-        chunk = records[start : start + arguments.rows]
-        with enough_memory(f"sampling {len(chunk)} responses at once", f"lower --rows, now {arguments.rows}"):
-            responses = stages.respond(loaded, [r["prompt"] for r in chunk], config.sampling, rows=arguments.rows)
-        for record, response in zip(chunk, responses, strict=True):
-            said = {"response": response.text, "response_ids": list(response.ids), "finished": response.finished}
-            lines.append({**record, **said})
-        progress.update(len(lines))
-    files.write_jsonl(arguments.out, lines)
-    print(f"{len(lines)} responses in {arguments.out}", file=sys.stderr)
+    prompts, out = arguments.prompts, arguments.out
+    lines = generate_file(config, model=arguments.model, prompts=prompts, out=out, rows=arguments.rows)
+    print(f"{len(lines)} responses in {out}", file=sys.stderr)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -357,36 +339,25 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.normalize:
         overrides = {**overrides, "train.normalize": arguments.normalize}
     config = load_config(arguments.config, overrides)
-    from sami_jax import files, stages
-    from sami_jax.data.pairs import read_entries
-    from sami_jax.model.hub import fetch_model
-    from sami_jax.outputs import check_file
+    from sami_jax.run.single_stages import score_file
+    from sami_jax.stages.score import score_summary
 
-    if arguments.out:
-        check_file(arguments.out)
-    read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
-    lines, summary = stages.score_file(config, model=fetch_model(arguments.model), pairs=arguments.pairs)
-    if arguments.out:
-        files.write_jsonl(arguments.out, lines)
-    else:
+    lines = score_file(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out)
+    if not arguments.out:
         print("\n".join(json.dumps(line) for line in lines))
-    print(summary, file=sys.stderr)
+    print(score_summary(lines), file=sys.stderr)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    from sami_jax import iterations
-    from sami_jax.data.pairs import read_entries
-    from sami_jax.model.hub import fetch_model
+    from sami_jax.run.single_stages import train_folder
 
-    read_entries(arguments.pairs)  # for what it refuses, before a model is fetched
-    model = fetch_model(arguments.model)
-    print(iterations.train_folder(config, model=model, pairs=arguments.pairs, out=arguments.out))
+    print(train_folder(config, model=arguments.model, pairs=arguments.pairs, out=arguments.out))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    from sami_jax.iterations import evaluate_folder
+    from sami_jax.run.single_stages import evaluate_folder
 
     print(evaluate_folder(config, model=arguments.model, baseline=arguments.baseline, out=arguments.out))
 
@@ -400,7 +371,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from sami_jax.iterations import export_folder
+    from sami_jax.run.single_stages import export_folder
 
     to = {"dtype": arguments.dtype, "verify": arguments.verify}
     print(export_folder(arguments.workdir, arguments.iteration, arguments.out, **to))

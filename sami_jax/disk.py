@@ -7,45 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sami_jax.checkpoints import KEPT
-from sami_jax.config import RunConfig, TrainConfig
+from sami_jax.config import TrainConfig
 from sami_jax.errors import SaveFailedError
 from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import sharded_params
-from sami_jax.sharding import make_mesh
 from sami_jax.stage_folder import DONE
 from sami_jax.training import abstract_state, make_optimizer
 
 
-def check_disk(config: RunConfig, shape: DecoderConfig, workdir: Path) -> str | None:
+def check_disk(workdir: Path, train: TrainConfig, *, iterations: int, shape: DecoderConfig, mesh: Mesh) -> str | None:
     """How much more a run directory will hold at its fullest, in a sentence; None where nothing is to be trained.
 
     Checkpoints and exports are counted, beside which samples and evaluations are small. A base that is still to be
     pretrained lies elsewhere.
 
     Args:
-      config: of the run.
-      shape: of its base model.
       workdir: the run directory, which exists.
+      train: how the run trains.
+      iterations: how many there are.
+      shape: of its base model.
+      mesh: the devices.
 
     Raises:
-      BadConfigError: the mesh does not fit the model or the devices.
+      BadConfigError: the mesh does not fit the model.
       SaveFailedError: less is free.
     """
-    folders = [workdir / f"iter_{iteration:03d}" for iteration in range(1, config.iterations + 1)]
-    steps = [n for n, folder in zip(config.train.steps, folders, strict=False) if not _exported(folder)]
+    folders = [workdir / f"iter_{iteration:03d}" for iteration in range(1, iterations + 1)]
+    steps = [n for n, folder in zip(train.steps, folders, strict=False) if not _exported(folder)]
     if not steps:
         return None
-    params = sharded_params(shape, make_mesh(config.mesh), config.train.weights_dtype)
-    state = _size(abstract_state(params, make_optimizer(config.train)))
+    params = sharded_params(shape, mesh, train.weights_dtype)
+    state = _size(abstract_state(params, make_optimizer(train)))
     # Of the iteration that was interrupted some is there already.
     there = sum(_found(folder / "train" / "checkpoints") for folder in folders if not _exported(folder))
-    needed = max(0, peak_bytes(config.train, steps, state=state, weights=_size(params)) - there)
+    needed = max(0, peak_bytes(train, steps, state=state, weights=_size(params)) - there)
     free = shutil.disk_usage(workdir).free
     parts = f"a checkpoint takes {human(state)}, an exported model {human(_size(params))}"
     if needed > free:
-        keep = " set config.train.keep_checkpoints=false," if config.train.keep_checkpoints else ""
+        keep = " set config.train.keep_checkpoints=false," if train.keep_checkpoints else ""
         raise SaveFailedError(
             f"{workdir} will need up to {human(needed)} more ({parts}), but {human(free)} are free there; free some "
             f"space,{keep} or choose another --workdir."

@@ -19,10 +19,10 @@ from sami_jax.data import miniature
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import NonFiniteError
 from sami_jax.files import append_jsonl, content_hash, read_log, write_json, write_jsonl
+from sami_jax.huggingface.folder import save_model
 from sami_jax.losses import token_logps
 from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import init_params, make_model
-from sami_jax.model.huggingface import save_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import jax_key

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from sami_jax.errors import SamiError, exit_code
 
 
-def writes() -> bool:
+def is_writer() -> bool:
     """Whether this is the one process that writes what all share."""
     return jax.process_index() == 0
 

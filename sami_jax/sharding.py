@@ -67,6 +67,11 @@ def padded_size(size: int, multiple: int) -> int:
     return -(-count // unit) * unit * multiple
 
 
+def more_devices(mesh: Mesh) -> str:
+    """The remedy for a model too large for the mesh, to be said in a sentence."""
+    return f"share the weights between more devices by config.mesh.fsdp, now {mesh.shape['fsdp']}"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

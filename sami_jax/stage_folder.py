@@ -57,13 +57,20 @@ def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "", made_of: 
         p for p in folder.rglob("*") if p.is_file() and p.name not in (DONE, LOCK) and not p.name.endswith(".tmp")
     )
     paths = [p for p in paths if p.relative_to(folder).parts[0] != outside]
-    outputs = [{"path": str(p.relative_to(folder)), "bytes": p.stat().st_size, "sha256": file_hash(p)} for p in paths]
-    fingerprint = content_hash({"inputs": inputs, "outputs": outputs, "counts": counts})
-    done = {"inputs_sha256": content_hash(inputs), "outputs": outputs, "counts": counts, "fingerprint": fingerprint}
+    done = _seal(inputs, counts, [_output(path, folder) for path in paths])
     if made_of:
         done["made_of"] = made_of
     write_json(folder / DONE, done)
-    return fingerprint
+    return done["fingerprint"]
+
+
+def _output(path: Path, folder: Path) -> dict[str, Any]:
+    return {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _seal(inputs: Any, counts: Any, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    fingerprint = content_hash({"inputs": inputs, "outputs": outputs, "counts": counts})
+    return {"inputs_sha256": content_hash(inputs), "outputs": outputs, "counts": counts, "fingerprint": fingerprint}
 
 
 def seal_of(folder: Path, *, inputs: Any) -> str | None:
@@ -79,6 +86,46 @@ def seal_of(folder: Path, *, inputs: Any) -> str | None:
     if done["inputs_sha256"] != content_hash(inputs):
         raise _other_inputs(folder)
     return done["fingerprint"]
+
+
+def parts_folder(file: Path) -> Path:
+    """Where the parts of a file lie until it stands."""
+    return file.with_name(f"{file.name}.parts")
+
+
+def refuse_foreign_file(file: Path) -> None:
+    """Raises BadDataError where a file stands that no stage made, or began to make: it would be replaced."""
+    if file.is_file() and not _file_seal(file).is_file() and not (parts_folder(file) / PLAN).is_file():
+        raise BadDataError(f"{file} already exists, and no such command made it; choose another, or delete it.")
+
+
+def seal_file(file: Path, *, inputs: Any, counts: Any) -> None:
+    """Keeps beside a file what it was made from, and its hash."""
+    write_json(_file_seal(file), _seal(inputs, counts, [_output(file, file.parent)]))
+
+
+def file_stands(file: Path, *, inputs: Any) -> bool:
+    """Whether a file is complete.
+
+    Raises:
+      BadConfigError: it was made from other inputs.
+      BadDataError: no stage made it, or it was changed after its seal.
+    """
+    refuse_foreign_file(file)
+    if not file.exists() or (parts_folder(file) / PLAN).is_file():
+        return False
+    done = read_json(_file_seal(file))
+    if not _is_seal(done):
+        raise BadDataError(f"{_file_seal(file)} is no seal; delete it and {file} to have the file made anew.")
+    if done["inputs_sha256"] != content_hash(inputs):
+        raise _other_inputs(file)
+    if [_output(file, file.parent)] != done["outputs"]:
+        raise BadDataError(f"{file} was changed after it was made; choose another, or delete it to have it made anew.")
+    return True
+
+
+def _file_seal(file: Path) -> Path:
+    return file.with_name(f"{file.name}.{DONE}")
 
 
 def read_done(folder: Path) -> dict[str, Any]:
@@ -145,10 +192,10 @@ def _hash_in_state(path: Path, size: int, modified_ns: int) -> str:
     return file_hash(path)
 
 
-def _other_inputs(folder: Path) -> BadConfigError:
+def _other_inputs(place: Path) -> BadConfigError:
     return BadConfigError(
-        f"{folder} was made from other inputs (config, data, or an earlier stage changed); "
-        "choose another folder for the new ones, or delete this one to have it made anew."
+        f"{place} was made from other inputs (config, data, or an earlier stage changed); "
+        "choose another place for the new ones, or delete this one to have it made anew."
     )
 
 

@@ -16,12 +16,16 @@ import jax
 import numpy as np
 
 import doubles
-from sami_jax import stages
 from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.config import MeshConfig, RunConfig, SamplingConfig, TrainConfig
-from sami_jax.model.huggingface import save_finetuned
+from sami_jax.huggingface.folder import save_finetuned
+from sami_jax.huggingface.opened import load_model
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, place
+from sami_jax.stages.answers import respond
+from sami_jax.stages.export import convert
+from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.train import abstract_train_state, fresh_state
 from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
 from sami_jax.types import TrainState
 
@@ -55,17 +59,17 @@ def way_through(
         train=TrainConfig(queries_per_step=QUERIES, learning_rate=1e-2, eps=1e-3, remat="none"),
         sampling=SamplingConfig(max_new_tokens=12, stop=("##",)),
     )
-    loaded = stages.load_model(model, config)
+    loaded = load_model(model, mesh, config.compute_dtype)
     shape = loaded.model.config
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
     at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
     logits = jax.jit(loaded.model.score)(loaded.params, *place((tokens, at), batch_sharding(loaded.mesh)))
     arrays = {"logits": gather(logits)}
     pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
-    arrays["matrices"] = stages.score_all(loaded, loaded.params, pairs, config)
-    responses = stages.respond(loaded, PROMPTS, config.sampling, rows=8)
+    arrays["matrices"] = matrices(loaded, loaded.params, pairs, Scoring.of(config.train))
+    responses = respond(loaded, PROMPTS, config.sampling, rows=8)
 
-    state = stages.fresh_state(loaded, config.train)
+    state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)
     batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), QUERIES // 2)
     batch = place(batch, micro_batch_sharding(loaded.mesh))
@@ -74,7 +78,7 @@ def way_through(
     arrays |= named(gather(state))
     with Checkpoints(out / "checkpoints") as checkpoints:
         checkpoints.save(state)
-        restored = checkpoints.restore_latest(loaded.state(config.train))
+        restored = checkpoints.restore_latest(abstract_train_state(loaded, config.train))
     assert restored is not None
     save_finetuned(out / "export", restored.params, shape, dtype="float32", source=model, card="# Trained\n")
     facts = {
@@ -102,7 +106,7 @@ def placed(state: TrainState) -> dict[str, tuple[str, list[int]]]:
 def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[str]]:
     """What each process raises where only one of them has a reason to, or where their values differ."""
     model, out, config = folder / "mistral" / "model-0", folder / "failed", RunConfig(mesh=MESHES["mistral"])
-    loaded = stages.load_model(folder / "mistral" / f"model-{process}", config)
+    loaded = load_model(folder / "mistral" / f"model-{process}", config.mesh, config.compute_dtype)
 
     def export(place: Path) -> None:
         save_finetuned(place, state.params, loaded.model.config, dtype="float32", source=model, card="# Trained\n")
@@ -123,12 +127,12 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
             if process == 0:
                 meta.write_text(json.dumps({"fingerprint": "0" * 16}))
             gather(place(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
-            checkpoints.restore_latest(loaded.state(config.train))
+            checkpoints.restore_latest(abstract_train_state(loaded, config.train))
 
     attempts: dict[str, Callable[[], Any]] = {
         "full disk": full_disk,
         "folder taken": lambda: export(folder / "taken"),
-        "model missing": lambda: stages.load_model(folder / "nowhere" if process else model, config),
+        "model missing": lambda: load_model(folder / "nowhere" if process else model, config.mesh, "float32"),
         "damaged checkpoint": damaged_checkpoint,
         "values differ": lambda: place(np.full(DEVICES, process), batch_sharding(loaded.mesh)),
     }
@@ -152,8 +156,8 @@ def main(port: str, process: int, folder: Path) -> None:
         if family == "mistral":
             facts["failures"] = failures(folder, states["restored"], process)
             # The untrained weights, of which this process reads its own half.
-            config, model = RunConfig(mesh=mesh), out / f"model-{process}"
-            stages.convert(config, model=model, out=out / "converted", dtype="float16", verify=True)
+            model = out / f"model-{process}"
+            convert(mesh, model=model, out=out / "converted", dtype="float16", verify=True)
         np.savez(out / f"process-{process}.npz", **arrays)
         (out / f"process-{process}.json").write_text(json.dumps(facts))
 

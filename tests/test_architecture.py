@@ -15,17 +15,18 @@ PACKAGE = "sami_jax"
 # A module that is not here has no place yet: put it where it belongs.
 ORDER = """
     errors losses flops types seeds progress json_text outputs files safe_point stage_folder config processes sharding
-    data.principles data.constitutions data.prompts data.queries data.tokenizer data.filters data.pairs data.miniature
-    model.config model.layers model.moe model.decoder model.huggingface model.hub
+    data.principles data.constitutions data.prompts data.queries data.tasks data.tokenizer data.filters data.pairs
+    data.miniature
+    model.config model.layers model.moe model.decoder huggingface.folder huggingface.hub huggingface.opened
     checkpoints pretraining sampling scoring training disk
-    evaluation.judges evaluation.win_rates evaluation.summary
-    stages
+    evaluation.judges evaluation.results evaluation.win_rates evaluation.summary
+    stages.stage stages.answers stages.generate stages.sample stages.score stages.train stages.export stages.evaluate
     report.measures report.reading report.findings report.charts report.samples report.tables report.page
-    principle_writer iterations plan cli
+    run.attempts run.opening run.loop run.single_stages plan cli
 """.split()
 # The doors: `import sami_jax` and `python -m sami_jax` may know everything; the packages hold no code.
 DOORS = ["", "__main__"]
-PACKAGES = ["data", "model", "evaluation", "report"]
+PACKAGES = ["data", "model", "huggingface", "evaluation", "stages", "report", "run"]
 
 # What another training stack gets with losses.py.
 LOSS_IMPORTS = {"jax", "chex", "typing"} | set(sys.stdlib_module_names)

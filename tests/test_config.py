@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh
 from sami_jax.config import PRETRAINED, RunConfig, check_training, describe_fields, from_dict, load_config, to_dict
 from sami_jax.data import miniature
 from sami_jax.errors import BadConfigError
+from sami_jax.huggingface.folder import read_config
 from sami_jax.model.decoder import abstract_params
-from sami_jax.model.huggingface import read_config
 from sami_jax.pretraining import base_shape
 from sami_jax.sharding import AXES, make_mesh, param_shardings
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from sami_jax.config import from_dict
+from sami_jax.config import TrainConfig
 from sami_jax.files import read_json, read_jsonl
+from sami_jax.huggingface.folder import save_model
+from sami_jax.huggingface.hub import fetch_model, model_name
 from sami_jax.model.config import config_to_huggingface
-from sami_jax.model.hub import fetch_model, model_name
-from sami_jax.model.huggingface import save_model
-from sami_jax.stages import model_card
+from sami_jax.stages.export import model_card
 from tiny_models import random_params, tiny_config, write_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -298,5 +298,5 @@ def test_a_model_is_called_by_its_folder_or_its_name_on_the_hub():
     assert name == f"mistralai/Mistral-7B-v0.1@{FIRST}"
     assert model_name(cache / "models--gpt2" / "snapshots" / FIRST) == f"gpt2@{FIRST}"
     assert model_name(pathlib.Path("runs/base/model")) == "model"
-    card = model_card(from_dict({}), 1, base=name)
+    card = model_card(TrainConfig(), 1, base=name)
     assert card.startswith("# mistralai/Mistral-7B-v0.1 after SAMI, iteration 1\n") and f"Trained from `{name}`" in card

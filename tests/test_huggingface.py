@@ -16,9 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from sami_jax.config import MeshConfig
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
-from sami_jax.model.config import DecoderConfig, RopeScaling, config_from_huggingface, config_to_huggingface
-from sami_jax.model.decoder import abstract_params
-from sami_jax.model.huggingface import (
+from sami_jax.huggingface.folder import (
     SHARD_BYTES,
     load_params,
     model_files,
@@ -26,6 +24,8 @@ from sami_jax.model.huggingface import (
     save_finetuned,
     save_model,
 )
+from sami_jax.model.config import DecoderConfig, RopeScaling, config_from_huggingface, config_to_huggingface
+from sami_jax.model.decoder import abstract_params
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import load_float32, random_params, tiny_config, write_tokenizer
 
@@ -525,7 +525,7 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert read_config(tmp_path / "model") == tiny_config()
 
 
-@pytest.mark.parametrize("library_call", ["sami_jax.model.huggingface.save_file", "shutil.copyfile"])
+@pytest.mark.parametrize("library_call", ["sami_jax.huggingface.folder.save_file", "shutil.copyfile"])
 @pytest.mark.parametrize("error, raised", [(OSError, SaveFailedError), (KeyboardInterrupt, KeyboardInterrupt)])
 def test_nothing_half_written_stays_after_a_failure(tmp_path, monkeypatch, library_call, error, raised):
     write_tokenizer(tmp_path / "tokenizer", "byte_level", bos=True)
@@ -548,7 +548,7 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch):
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr("sami_jax.model.huggingface.save_file", flip_a_bit)  # a disk's fault
+    monkeypatch.setattr("sami_jax.huggingface.folder.save_file", flip_a_bit)  # a disk's fault
     with pytest.raises(SaveFailedError, match="was read back with other bytes"):
         save(tmp_path / "model", tiny_config(), random_params(tiny_config()))
     assert list(tmp_path.iterdir()) == []
@@ -587,7 +587,7 @@ def test_a_finetuned_folder_says_no_more_than_its_source(folder, tmp_path):
 MEASURED_LOAD = """
 import pathlib, sys, threading, time
 import jax, jax.numpy as jnp
-from sami_jax.model.huggingface import read_config
+from sami_jax.huggingface.folder import read_config
 from tiny_models import load_float32
 
 def anonymous():  # bytes of memory that no file backs

@@ -121,15 +121,13 @@ def test_a_finished_run_says_so_and_changes_nothing(whole_run, flags):
     assert without_config.returncode == 0 and "finished; nothing to do" in without_config.stdout
 
 
-def interrupted(flags: list[str], workdir: pathlib.Path, number: int, moment: Callable[[], bool]) -> int:
-    """Starts a run, signals it once `moment` holds, and returns its exit code."""
-    process = subprocess.Popen(
-        command("run", *flags, f"--workdir={workdir}"), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
-    )
+def interrupted(number: int, moment: Callable[[], bool], name: str, *flags: str) -> int:
+    """Starts a command, signals it once `moment` holds, and returns its exit code."""
+    process = subprocess.Popen(command(name, *flags), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + RUN_LIMIT_S
     while not moment() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.poll() is None, "the run ended before the moment to interrupt it"
+    assert process.poll() is None, "the command ended before the moment to interrupt it"
     process.send_signal(number)
     return process.wait(RUN_LIMIT_S)
 
@@ -138,7 +136,8 @@ def interrupted(flags: list[str], workdir: pathlib.Path, number: int, moment: Ca
 @pytest.mark.parametrize("place", ["iter_001/sample/chunks/00000.jsonl", "iter_001/train/checkpoints/step_00000001"])
 def test_killed_anywhere_the_same_command_ends_bitwise_equal(whole_run, flags, tmp_path, place):
     workdir = tmp_path / "run"
-    assert interrupted(flags, workdir, signal.SIGKILL, (workdir / place).exists) == -signal.SIGKILL
+    run = ["run", *flags, f"--workdir={workdir}"]
+    assert interrupted(signal.SIGKILL, (workdir / place).exists, *run) == -signal.SIGKILL
     assert not (workdir / "iter_001/export").exists()
     resumed = finished("run", *flags, f"--workdir={workdir}")
     assert resumed.returncode == 0, resumed.stderr
@@ -149,8 +148,8 @@ def test_killed_anywhere_the_same_command_ends_bitwise_equal(whole_run, flags, t
 @pytest.mark.slow
 def test_sigterm_stops_at_a_safe_point_with_75_and_the_run_goes_on(whole_run, flags, tmp_path):
     workdir = tmp_path / "run"
-    code = interrupted(flags, workdir, signal.SIGTERM, (workdir / "iter_000/eval/responses/learned/00000.jsonl").exists)
-    assert code == 75
+    moment = (workdir / "iter_000/eval/responses/learned/00000.jsonl").exists
+    assert interrupted(signal.SIGTERM, moment, "run", *flags, f"--workdir={workdir}") == 75
     attempt = read_json(workdir / "attempts/0001.json")
     assert attempt["exit_code"] == 75 and "SIGTERM" in attempt["reason"]
     resumed = finished("run", f"--workdir={workdir}")
@@ -231,9 +230,24 @@ def test_generate_repeats_what_the_run_sampled(whole_run, flags, tmp_path):
     records = read_jsonl(whole_run / "iter_000/eval/results.jsonl")[:3]
     template = read_json(whole_run / "config.json")["prompts"]["generation"]
     texts = [template.replace("{constitution}", r["constitutions"][0]).replace("{query}", r["query"]) for r in records]
-    prompts.write_text("".join(json.dumps({"prompt": text, "note": i}) + "\n" for i, text in enumerate(texts)))
-    done = finished("generate", flags[0], f"--model={base}", f"--prompts={prompts}", f"--out={out}", "--rows=2")
-    assert done.returncode == 0, done.stderr
+    prompts.write_text("".join(json.dumps({"prompt": text, "note": i}) + "\n" for i, text in enumerate(20 * texts)))
+    generate = ["generate", flags[0], f"--model={base}", f"--prompts={prompts}", "--rows=2"]
+    part = tmp_path / "responses.jsonl.parts" / "00001.jsonl"
+    assert interrupted(signal.SIGTERM, part.exists, *generate, f"--out={out}") == 75 and not out.exists()
+    kept = part.stat().st_mtime_ns
+    assert interrupted(signal.SIGKILL, (part.parent / "00004.jsonl").exists, *generate, f"--out={out}") == -9
+    assert part.stat().st_mtime_ns == kept and not out.exists()  # what was done is not done again
+    done = finished(*generate, f"--out={out}")
+    assert done.returncode == 0 and "60 responses in" in done.stderr, done.stderr
     lines = read_jsonl(out)
-    assert [line["response"] for line in lines] == [record["responses"][0] for record in records]
-    assert [line["note"] for line in lines] == [0, 1, 2]
+    assert [line["response"] for line in lines] == 20 * [record["responses"][0] for record in records]
+    assert [line["note"] for line in lines] == list(range(60))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "prompts.jsonl",
+        "responses.jsonl",
+        "responses.jsonl.DONE.json",
+    ]
+    written = out.stat().st_mtime_ns
+    again, other = (finished(*generate, f"--out={out}", *more) for more in ([], ["--config.sampling.max_new_tokens=3"]))
+    assert again.returncode == 0 and "60 responses in" in again.stderr and out.stat().st_mtime_ns == written
+    assert other.returncode == 78 and "responses.jsonl was made from other inputs" in other.stderr

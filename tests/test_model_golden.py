@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from ladder import rungs
 from sami_jax.config import MeshConfig, from_dict
 from sami_jax.data.pairs import Pair
+from sami_jax.huggingface.folder import read_config
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model
-from sami_jax.model.huggingface import read_config
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.sampling import greedy

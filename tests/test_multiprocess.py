@@ -18,12 +18,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import multiprocess_worker as worker
-from sami_jax import stages
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import MeshConfig, RunConfig
+from sami_jax.config import MeshConfig
+from sami_jax.huggingface.folder import read_config, save_finetuned, save_model
 from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
-from sami_jax.model.huggingface import save_finetuned, save_model
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import FAMILIES, random_params, write_tokenizer
 
@@ -176,7 +175,7 @@ class TestTwoProcesses:
         assert fingerprint(state) == stepped
         # One process exports the same bytes, the other files included.
         source = folder / family / "model-0"
-        shape = stages.load_model(folder / family / "model", RunConfig()).model.config
+        shape = read_config(folder / family / "model")
         save_finetuned(tmp_path / "export", state.params, shape, dtype="float32", source=source, card="# Trained\n")
         mine, theirs = (
             {path.name: path.read_bytes() for path in place.iterdir()}
@@ -198,7 +197,7 @@ class TestTwoProcesses:
         assert any(text for text, *_ in facts["responses"])
 
     def test_every_leaf_is_split_by_the_rules_and_evenly(self, folder, family):
-        shape = stages.read_config(folder / family / "model")
+        shape = read_config(folder / family / "model")
         shapes, axes = abstract_params(shape)
         mesh = worker.MESHES[family]
         shardings = worker.named(param_shardings(make_mesh(mesh), shapes, axes))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from sami_jax.errors import BadDataError
+from sami_jax.evaluation.judges import Verdict
+from sami_jax.evaluation.results import QueryResult, write_results
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
 from sami_jax.report import charts
 from sami_jax.report.findings import changes_from_base, headline
@@ -70,6 +72,12 @@ def _result(rng, split: str, index: int, skill: float, malformed: float) -> dict
         "mi_nats": float(np.log(2) - over_constitutions),
         "verdicts": verdicts,
     }
+
+
+def _query_result(row: dict, *, judged: bool) -> QueryResult:
+    verdicts = [Verdict(v["well_formed"], v["faithful"], v["followed"]) for v in row["verdicts"]] if judged else None
+    logps = np.array(row["logps"])
+    return QueryResult(**row | {"logps": logps, "base_logps": np.diagonal(logps) - 0.1, "verdicts": verdicts})
 
 
 def _summary(iteration: int, results: list, base: list, *, judged: bool) -> dict:
@@ -147,7 +155,7 @@ def write_run(
         base = base or results
         folder = run_dir / f"iter_{k:03d}"
         _write(folder / "eval" / "summary.json", _summary(k, results, base, judged=judged))
-        _write(folder / "eval" / "results.jsonl", [row | ({} if judged else {"verdicts": None}) for row in results])
+        write_results(folder / "eval" / "results.jsonl", [_query_result(row, judged=judged) for row in results])
         if k:
             kept, dropped = 512 * k, {"identical": 301 + k, "empty": 0, "unfinished": 7}
             sampled = kept + sum(dropped.values())
@@ -386,7 +394,7 @@ def test_an_empty_response_has_no_scores(tmp_path):
     path = run_dir / "iter_001/eval/results.jsonl"
     first, *rest = (json.loads(line) for line in path.read_text().splitlines())
     first["responses"][0] = ""
-    _write(path, [first | {"logps": None, "mi_nats": None}, *rest])
+    _write(path, [first | {"logps": None, "base_logps": None, "mi_nats": None}, *rest])
     text = _text(write_report(run_dir).read_text())
     assert "(empty)" in text and "iteration 1: a response is empty, so it has no log-probability." in text
     assert "Queries with an empty response, without mutual information and likelihood 0 1" in text
@@ -425,7 +433,7 @@ def test_malformed_files_are_named(tmp_path):
     path = run_dir / "iter_000/eval/results.jsonl"
     first, *rest = (json.loads(line) for line in path.read_text().splitlines())
     _write(path, [first | {"responses": ["one"]}, *rest])
-    with pytest.raises(BadDataError, match=r"results\.jsonl .*learned-0 has not one response"):
+    with pytest.raises(BadDataError, match=r"results\.jsonl, entry 1 is not as a run .*learned-0 has not one value"):
         write_report(run_dir)
 
     run_dir = write_run(tmp_path / "order", skills=(0.6, 0.7), n=8)

@@ -1,5 +1,6 @@
 """The stages on a tiny model folder, in this process: what they refuse, and what a refusal leaves behind."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -12,14 +13,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sami_jax import iterations, stages
-from sami_jax.config import RunConfig, from_dict, to_dict
+from sami_jax.config import MeshConfig, RunConfig, from_dict, to_dict
 from sami_jax.data.pairs import read_pairs
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.errors import BadConfigError, BadDataError, SaveFailedError, StoppedError
+from sami_jax.huggingface.folder import folder_hash, read_config, save_model
+from sami_jax.huggingface.opened import load_model, open_model
 from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
-from sami_jax.model.huggingface import read_config, save_model
+from sami_jax.run.loop import run
+from sami_jax.run.single_stages import evaluate_folder, score_file, train_folder
+from sami_jax.stages.answers import check_prompts, respond
+from sami_jax.stages.export import Export, convert
+from sami_jax.stages.stage import Source, complete, file_source, model_source
+from sami_jax.stages.train import Train
 from tiny_models import random_params, tiny_config, write_tokenizer
 
 PRINCIPLES = [
@@ -74,8 +81,24 @@ def config_of(**train: Any) -> RunConfig:
     return from_dict({"iterations": 1, "train": settings | train})
 
 
+def go_on_training(
+    model: pathlib.Path, pairs: pathlib.Path, folder: pathlib.Path, safe_point: Callable[[], None], **settings: Any
+) -> list[int]:
+    """The steps that a training made before it was done, or stopped."""
+    steps: list[int] = []
+    stage = Train.of(config_of(**settings), 1, base=model_source(model), pairs=file_source(pairs))
+    with contextlib.suppress(StoppedError):
+        complete(stage, folder, safe_point=safe_point, log=lambda record: steps.append(record["step"]))
+    return steps
+
+
+def export(model: pathlib.Path, trained: pathlib.Path, out: pathlib.Path, **settings: Any) -> None:
+    stage = Export.of(config_of(**settings), 1, base=model_source(model), trained=Source(trained, "x"))
+    complete(stage, out, safe_point=lambda: None)
+
+
 def train(model: pathlib.Path, pairs: pathlib.Path, out: pathlib.Path, **settings: Any) -> dict[str, np.ndarray]:
-    iterations.train_folder(config_of(**settings), model=model, pairs=pairs, out=out)
+    train_folder(config_of(**settings), model=str(model), pairs=pairs, out=out)
     return load_file(out / "model.safetensors")
 
 
@@ -83,32 +106,22 @@ class TestTrain:
     def test_a_stop_is_heard_at_every_step_and_what_follows_is_bitwise_equal(self, model, pairs, tmp_path):
         """checkpoint_every=1 saves at every step; a request to stop must not have to wait for a step without."""
         whole = train(model, pairs, tmp_path / "whole", checkpoint_every=1)
-        stopped_after = []
+        calls = iter([False, *[True] * 3])  # asked before the stage, and behind its steps
 
         def stop() -> None:
-            raise StoppedError("stop")
+            if next(calls):
+                raise StoppedError("stop")
 
-        def go_on() -> str:
-            return stages.train_stage(
-                config_of(checkpoint_every=1),
-                base=model,
-                pairs=pairs,
-                iteration=1,
-                inputs="x",
-                out=tmp_path / "stopped",
-                log=lambda record: stopped_after.append(record["step"]),
-                safe_point=stop,
-            )
-
-        for _ in range(3):
-            with pytest.raises(StoppedError):
-                go_on()
-        assert stopped_after == [1, 2, 3]
-        go_on()  # nothing is left but to seal
-        assert stopped_after == [1, 2, 3]
-        out = tmp_path / "exported"
-        assert stages.save_trained(config_of(), base=model, trained=tmp_path / "stopped", out=out, card="") == 3
-        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+        made = [go_on_training(model, pairs, tmp_path / "stopped", stop, checkpoint_every=1)]
+        for _ in range(2):
+            calls = iter([False, True])
+            made.append(go_on_training(model, pairs, tmp_path / "stopped", stop, checkpoint_every=1))
+        assert made == [[1], [2], [3]] and not (tmp_path / "stopped" / "DONE.json").exists()
+        made = go_on_training(model, pairs, tmp_path / "stopped", lambda: None, checkpoint_every=1)
+        assert made == [] and (tmp_path / "stopped" / "DONE.json").exists()  # nothing was left but to seal
+        export(model, tmp_path / "stopped", tmp_path / "exported", checkpoint_every=1)
+        exported = tmp_path / "exported" / "model.safetensors"
+        assert exported.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
         assert whole.keys() == load_file(model / "model.safetensors").keys()
 
     def test_no_older_checkpoint_is_exported_in_place_of_a_damaged_last_one(self, model, pairs, tmp_path, capsys):
@@ -118,7 +131,7 @@ class TestTrain:
             if path.is_file() and path.stat().st_size > 1000:
                 path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(BadDataError, match="last step, 3, is missing or damaged"):
-            stages.save_trained(config_of(), base=model, trained=trained, out=tmp_path / "again", card="")
+            export(model, trained, tmp_path / "again")
         assert not (tmp_path / "again").exists()
 
     def test_checkpoints_go_when_the_trained_folder_stands(self, model, pairs, tmp_path):
@@ -156,7 +169,7 @@ class TestTrain:
         train(model, pairs, tmp_path / "out")
         other = from_dict(to_dict(config_of()) | changed)
         with pytest.raises(BadConfigError, match="made from other inputs"):
-            iterations.train_folder(other, model=model, pairs=pairs, out=tmp_path / "out")
+            train_folder(other, model=str(model), pairs=pairs, out=tmp_path / "out")
 
     @pytest.mark.parametrize("weights", ["bfloat16_stochastic", "bfloat16"])
     def test_bfloat16_weights_stay_bfloat16_from_checkpoint_to_export(self, model, pairs, tmp_path, weights):
@@ -172,27 +185,17 @@ class TestTrain:
             assert np.abs(weight.astype(np.float32) - before[name]).max() <= 0.03 + 4 * 2**-6
             assert np.any(weight != before[name].astype("bfloat16"))
 
+        calls = iter([False, True])
+
         def stop() -> None:
-            raise StoppedError("stop")
+            if next(calls):
+                raise StoppedError("stop")
 
-        def go_on(safe_point: Callable[[], None]) -> None:
-            stages.train_stage(
-                config_of(**settings),
-                base=model,
-                pairs=pairs,
-                iteration=1,
-                inputs="x",
-                out=tmp_path / "stopped",
-                log=lambda record: None,
-                safe_point=safe_point,
-            )
-
-        with pytest.raises(StoppedError):
-            go_on(stop)
-        go_on(lambda: None)
-        out = tmp_path / "exported"
-        stages.save_trained(config_of(**settings), base=model, trained=tmp_path / "stopped", out=out, card="")
-        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+        assert go_on_training(model, pairs, tmp_path / "stopped", stop, **settings) == [1]
+        assert go_on_training(model, pairs, tmp_path / "stopped", lambda: None, **settings) == [2, 3]
+        export(model, tmp_path / "stopped", tmp_path / "exported", **settings)
+        exported = tmp_path / "exported" / "model.safetensors"
+        assert exported.read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
     def test_weights_that_are_not_finite_are_refused(self, model, pairs, tmp_path):
         weights = load_file(model / "model.safetensors")
@@ -210,7 +213,8 @@ class TestSettingsReachTheModel:
     """Each of these could be a constant somewhere below, and everything else would look right."""
 
     def scores(self, model, pairs, **settings: Any) -> np.ndarray:
-        lines, _ = stages.score_file(from_dict(to_dict(config_of()) | settings), model=model, pairs=pairs)
+        config = from_dict(to_dict(config_of()) | settings)
+        lines = score_file(config, model=str(model), pairs=pairs, out=None)
         return np.array([line["logps"] for line in lines])
 
     def test_compute_dtype(self, model, pairs):
@@ -229,13 +233,17 @@ class TestSettingsReachTheModel:
         """The jaxpr of `score` with float32 parameters."""
         params = abstract_params(read_config(model))[0]
         arguments = np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32)
-        return str(jax.make_jaxpr(stages.open_model(model, config).model.score)(params, *arguments))
+        return str(
+            jax.make_jaxpr(open_model(model, config.mesh, config.compute_dtype, remat=config.train.remat).model.score)(
+                params, *arguments
+            )
+        )
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_compute_dtype_of_activations_and_weights(self, model, dtype):
         config = dataclasses.replace(config_of(), compute_dtype=dtype)
         assert ("bf16[" in self.program(model, config)) == (dtype == "bfloat16")
-        weights = jax.tree.leaves(stages.load_model(model, config).params)
+        weights = jax.tree.leaves(load_model(model, config.mesh, config.compute_dtype).params)
         assert {weight.dtype.name for weight in weights} == {dtype}
 
     def test_remat(self, model):
@@ -256,13 +264,13 @@ def test_every_end_token_of_the_folder_ends_a_response(copied, file):
     (copied / "generation_config.json").write_text("{}")
     config = from_dict({"sampling": {"max_new_tokens": 12, "stop": []}})
     prompts = ["The post asks how to make peace.", "x"]
-    before = stages.respond(stages.load_model(copied, config), prompts, config.sampling, rows=2)
+    before = respond(load_model(copied, config.mesh, config.compute_dtype), prompts, config.sampling, rows=2)
     end = before[0].ids[3]
     content = json.loads((copied / file).read_text())
     (copied / file).write_text(json.dumps(content | {"eos_token_id": [2, end]}))
-    loaded = stages.load_model(copied, config)
+    loaded = load_model(copied, config.mesh, config.compute_dtype)
     assert loaded.end_ids == {2, end}
-    after = stages.respond(loaded, prompts, config.sampling, rows=2)
+    after = respond(loaded, prompts, config.sampling, rows=2)
     for long, short in zip(before, after, strict=True):
         cut = long.ids.index(end) if end in long.ids else len(long.ids)
         assert short.ids == long.ids[:cut] and short.finished == (cut < len(long.ids))
@@ -273,7 +281,7 @@ def test_every_end_token_of_the_folder_ends_a_response(copied, file):
 def test_an_end_token_that_is_none_of_the_models_is_refused_by_name(copied, named):
     (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     with pytest.raises(BadDataError, match=r"generation_config.json: eos_token_id names .* vocabulary of \d+; correct"):
-        stages.open_model(copied, config_of())
+        open_model(copied, MeshConfig(), "float32")
 
 
 def test_a_tokenizer_whose_end_token_lies_beyond_the_vocabulary_is_refused(copied):
@@ -288,7 +296,7 @@ def test_a_tokenizer_whose_end_token_lies_beyond_the_vocabulary_is_refused(copie
     about = json.loads((copied / "tokenizer_config.json").read_text())
     (copied / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": "<end>"}))
     with pytest.raises(BadDataError, match="end token has the id 999, beyond the model's vocabulary .* do not belong"):
-        stages.open_model(copied, config_of())
+        open_model(copied, MeshConfig(), "float32")
 
 
 def test_rows_that_the_mesh_does_not_divide_are_filled_up(tmp_path):
@@ -300,7 +308,9 @@ def test_rows_that_the_mesh_does_not_divide_are_filled_up(tmp_path):
     found = []
     for mesh in ({"fsdp": 2}, {}):
         run = from_dict({"mesh": mesh, "sampling": {"max_new_tokens": 4, "stop": []}})
-        found.append(stages.respond(stages.load_model(tmp_path / "model", run), prompts, run.sampling, rows=3))
+        found.append(
+            respond(load_model(tmp_path / "model", run.mesh, run.compute_dtype), prompts, run.sampling, rows=3)
+        )
     assert found[0] == found[1] and len(found[0]) == 3
 
 
@@ -312,15 +322,15 @@ def test_a_folder_is_what_is_read_of_it(model, tmp_path):
     (folder / "params.json").write_text("{}")  # what another tool fetched into a folder of the Hub's cache
     (folder / "consolidated.safetensors").write_bytes(b"")
     (folder / "model.safetensors.index.json").write_text("of shards that are gone")
-    assert stages.folder_hash(folder) == stages.folder_hash(model)
+    assert folder_hash(folder) == folder_hash(model)
     (folder / "tokenizer.json").unlink()
-    assert stages.folder_hash(folder) != stages.folder_hash(model)
+    assert folder_hash(folder) != folder_hash(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_and_verify(model, tmp_path, dtype):
     out = tmp_path / "out"
-    stages.convert(config_of(), model=model, out=out, dtype=dtype, verify=True)
+    convert(MeshConfig(), model=model, out=out, dtype=dtype, verify=True)
     before, after = (load_file(folder / "model.safetensors") for folder in (model, out))
     for name, weight in before.items():
         np.testing.assert_array_equal(after[name], weight.astype(dtype))
@@ -333,27 +343,27 @@ def test_verify_notices_a_weight_that_was_written_wrongly(model, tmp_path, monke
         save_file(tensors, path, **about)
 
     # The disk's failure, which cannot be had otherwise.
-    monkeypatch.setattr("sami_jax.model.huggingface.save_file", write_wrongly)
-    stages.convert(config_of(), model=model, out=tmp_path / "unseen", dtype="float32", verify=False)
+    monkeypatch.setattr("sami_jax.huggingface.folder.save_file", write_wrongly)
+    convert(MeshConfig(), model=model, out=tmp_path / "unseen", dtype="float32", verify=False)
     with pytest.raises(SaveFailedError, match="does not give the logits of the weights it was made from"):
-        stages.convert(config_of(), model=model, out=tmp_path / "out", dtype="float32", verify=True)
+        convert(MeshConfig(), model=model, out=tmp_path / "out", dtype="float32", verify=True)
 
 
 def test_score_weighs_the_two_sides_as_the_config_says(model, pairs):
     one_side = config_of(over_responses_weight=1.0, over_constitutions_weight=0.0)
-    lines, _ = stages.score_file(one_side, model=model, pairs=pairs)
+    lines = score_file(one_side, model=str(model), pairs=pairs, out=None)
     for line in lines:
         assert line["loss"] == pytest.approx(line["over_responses"], abs=1e-6)
         assert line["loss"] != pytest.approx(line["over_constitutions"], abs=1e-4)
 
 
 def test_a_prompt_beyond_the_vocabulary_is_refused(model):
-    loaded = stages.load_model(model, config_of())
+    loaded = load_model(model, MeshConfig(), "float32")
     write_tokenizer(larger := model.parent / "larger", "byte_level", bos=True, vocab_size=400)
     other = dataclasses.replace(loaded, tokenizer=load_tokenizer(larger))
     prompts = ["The post asks how to make peace. Summaries should be comprehensive."]
     with pytest.raises(BadDataError, match="do not belong together"):
-        stages.check_prompts(other, prompts, from_dict({"sampling": {"max_new_tokens": 4}}).sampling)
+        check_prompts(other, prompts, max_new_tokens=4)
 
 
 class TestEvaluate:
@@ -374,7 +384,7 @@ class TestEvaluate:
 
     def evaluate(self, settings: dict[str, Any], out: pathlib.Path, baseline: pathlib.Path | None = None) -> Any:
         config = from_dict(settings)
-        path = iterations.evaluate_folder(config, model=config.model, baseline=baseline, out=out)
+        path = evaluate_folder(config, model=config.model, baseline=baseline, out=out)
         return json.loads(path.read_text())
 
     def test_a_baseline_of_other_tasks_is_refused(self, settings, tmp_path):
@@ -398,7 +408,7 @@ class TestEvaluate:
     def test_a_judge_that_cannot_read_the_queries_is_refused_at_the_start(self, settings, tmp_path):
         foreign = settings | {"evaluation": {"judge": "miniature"}, "model": str(tmp_path / "not looked at")}
         with pytest.raises(BadDataError, match="'q0' has no fact.*set config.evaluation.judge=none"):
-            iterations.run(from_dict(foreign | {"model": settings["model"]}), tmp_path / "run")
+            run(from_dict(foreign | {"model": settings["model"]}), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
     def test_changed_queries_are_noticed(self, settings, tmp_path):

@@ -1,6 +1,5 @@
 """Three iterations of a tiny model, in this process: which model each of them samples from, trains and evaluates."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -9,60 +8,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sami_jax import iterations, stages
-from sami_jax.config import RunConfig, from_dict
+from sami_jax.config import RunConfig
 from sami_jax.data.prompts import render
 from sami_jax.errors import BadDataError
 from sami_jax.files import read_json, read_jsonl
-from sami_jax.model.config import config_to_huggingface
-from sami_jax.model.huggingface import save_model
-from tiny_models import random_params, tiny_config, write_tokenizer
-
-LEARNING_RATE = 0.01  # of single AdamW steps: each weight moves by about so much, and what is sampled changes
-POSTS = {f"q{i}": f"Post {i}" for i in range(80)}
+from sami_jax.huggingface.opened import load_model
+from sami_jax.run import loop
+from sami_jax.run.single_stages import export_folder
+from sami_jax.stages.answers import respond
+from tiny_run import LEARNING_RATE, POSTS, tiny_run_config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[RunConfig, pathlib.Path]:
     folder = tmp_path_factory.mktemp("run")
-    size = write_tokenizer(folder / "tokenizer", "byte_level", bos=True).get_vocab_size()
-    shape = tiny_config(vocab_size=size, max_positions=256)
-    save_model(
-        folder / "model",
-        random_params(shape),
-        shape,
-        dtype="float32",
-        huggingface_config=config_to_huggingface(shape, bos_token_id=1, eos_token_id=2),
-        generation_config={"eos_token_id": list(range(2, size, 6))},  # a random model ends its responses by chance only
-        tokenizer_folder=folder / "tokenizer",
-        card="# Tiny\n",
-    )
-    queries = [json.dumps({"example_id": name, "text": text}) + "\n" for name, text in POSTS.items()]
-    (folder / "train.jsonl").write_text("".join(queries[4:]))
-    (folder / "evaluation.jsonl").write_text("".join(queries[:4]))
-    principles = [{"name": n, "definition": f"Be {n}.", "antithesis": f"Do not be {n}."} for n in ("brief", "kind")]
-    (folder / "principles.json").write_text(json.dumps(principles))
-    template = "{constitution}\n{query}:"
-    config = from_dict(
-        {
-            "model": str(folder / "model"),
-            "queries": {"train": str(folder / "train.jsonl"), "evaluation": str(folder / "evaluation.jsonl")},
-            "constitutions": {"principles": str(folder / "principles.json")},
-            "prompts": {"generation": template, "training": template},
-            "sampling": {"max_new_tokens": 24, "stop": [], "chunk_queries": 8, "round_prompt_tokens_to": 64},
-            # Whatever a random model writes is good enough.
-            "filters": {"placeholders": [], "sentence_ends": "".join(map(chr, range(33, 0x800))) + "\ufffd"},
-            "train": {
-                "steps": [1, 1, 1],
-                "queries_per_step": 2,
-                "learning_rate": LEARNING_RATE,
-                "round_tokens_to": 64,
-                "remat": "none",
-                "keep_checkpoints": True,
-            },
-        }
-    )
-    iterations.run(config, folder / "run", say=lambda sentence: None)
+    config = tiny_run_config(folder)
+    loop.run(config, folder / "run", say=lambda sentence: None)
     return config, folder / "run"
 
 
@@ -80,8 +41,8 @@ def answers_of(run, iteration: int, records: list[dict]) -> list[list[str]]:
         for record in records
         for text in record["constitutions"]
     ]
-    loaded = stages.load_model(model_of(run, iteration), config)
-    texts = [r.text for r in stages.respond(loaded, prompts, config.sampling, rows=16)]
+    loaded = load_model(model_of(run, iteration), config.mesh, config.compute_dtype)
+    texts = [r.text for r in respond(loaded, prompts, config.sampling, rows=16)]
     return [texts[i : i + 2] for i in range(0, len(texts), 2)]
 
 
@@ -117,9 +78,9 @@ def test_a_bit_flipped_in_a_sealed_export_is_noticed_before_it_is_used(run, tmp_
         os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
         shutil.rmtree(workdir / "iter_003" / "sample")  # which is made from that export
     with pytest.raises(BadDataError, match=says):
-        iterations.run(config, workdir, say=lambda sentence: None)
+        loop.run(config, workdir, say=lambda sentence: None)
     with pytest.raises(BadDataError, match=says):
-        iterations.export_folder(workdir, 2, tmp_path / "out", dtype="float32", verify=True)
+        export_folder(workdir, 2, tmp_path / "out", dtype="float32", verify=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -133,9 +94,9 @@ def test_checkpoints_are_kept_where_asked_and_without_them_both_stages_are_made_
     for folder in (exported, exported.parent / "train" / "checkpoints"):
         shutil.rmtree(folder)
     with pytest.raises(BadDataError, match="iter_003/train: the checkpoint of its last step, 1, is missing .* delete"):
-        iterations.run(config, workdir, say=lambda sentence: None)
+        loop.run(config, workdir, say=lambda sentence: None)
     shutil.rmtree(exported.parent / "train")
-    iterations.run(config, workdir, say=lambda sentence: None)
+    loop.run(config, workdir, say=lambda sentence: None)
     assert (exported / "model.safetensors").read_bytes() == before
 
 

@@ -1,6 +1,7 @@
 """Principles: a name, a definition and its antithesis, read from a file."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from sami_jax.errors import BadDataError
@@ -22,6 +23,11 @@ class Principle:
     definition: str
     antithesis: str
     held_out: bool = False
+
+
+def learned(principles: Sequence[Principle]) -> list[Principle]:
+    """Those that SAMI trains on: all but the held-out ones."""
+    return [principle for principle in principles if not principle.held_out]
 
 
 def read_principles(path: Path) -> list[Principle]:

@@ -1,16 +1,14 @@
 """Reads the files of a run directory into frozen structs."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sami_jax.errors import BadDataError
+from sami_jax.evaluation.results import QueryResult, naming, read_results
 from sami_jax.evaluation.win_rates import Estimate
-from sami_jax.files import read_json, read_jsonl, read_log
+from sami_jax.files import read_json, read_log
 from sami_jax.report.measures import METRICS, SPLIT_LABELS
 from sami_jax.stage_folder import check_sealed
 
@@ -40,33 +38,6 @@ class Evaluation:
     normalize: str  # "mean" or "sum": which log-probabilities the mutual information was computed from
     ceiling_nats: float
     splits: Mapping[str, SplitSummary]  # learned first
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryResult:
-    """One line of eval/results.jsonl: C constitutions, one response each."""
-
-    split: str
-    example_id: str
-    query: str
-    constitutions: Sequence[str]
-    responses: Sequence[str]
-    response_tokens: Sequence[int]
-    logps: np.ndarray | None  # [C, R]: log p(response r | query, constitution c); None: a response is empty
-    mi_nats: float | None
-    verdicts: Sequence[Mapping[str, Any]] | None  # C of them; None: no judge
-
-    def per_query(self, key: str) -> float | None:
-        """This query's value of a metric, the mean over its constitutions; None where it is not known."""
-        if key == "mi_nats":
-            return self.mi_nats
-        if key == "distinct":
-            return float(len(set(self.responses)) == len(self.responses))
-        if key == "length_tokens":
-            return sum(self.response_tokens) / len(self.response_tokens)
-        if key not in ("adherence", "well_formed", "faithful") or self.verdicts is None:
-            return None
-        return sum(float(verdict[key]) for verdict in self.verdicts) / len(self.verdicts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +95,15 @@ def read_run(run_dir: Path) -> Run:
     folders = _iteration_folders(run_dir)
     evaluated = [evaluation.iteration for evaluation in evaluations]
     last = evaluated[-1]
-    base_results = _read_results(folders[0])
-    last_results = _read_results(folders[last]) if last else None
+    base_results = read_results(folders[0] / "eval" / "results.jsonl")
+    last_results = read_results(folders[last] / "eval" / "results.jsonl") if last else None
     if last_results is not None and _ids(last_results) != _ids(base_results):
         raise BadDataError(
             f"{folders[last] / 'eval' / 'results.jsonl'} holds other queries than iter_000's, or in another order; "
             f"delete {folders[last] / 'eval'} and go on with the run."
         )
     config = read_json(run_dir / "config.json")
-    with _naming(run_dir / "config.json"):
+    with naming(run_dir / "config.json"):
         train_eos = bool(config["train"]["train_eos"])
     return Run(
         info=info,
@@ -166,18 +137,6 @@ def _iteration_folders(run_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(number), path) for number, path in folders.items() if number.isdecimal()))
 
 
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a malformed file is taken apart into one sentence that names it."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadDataError(
-            f"{path} is not as a run writes it ({type(error).__name__}: {error}); restore it, or delete its stage's "
-            "folder and go on with the run to have it made anew."
-        ) from error
-
-
 def _fields(struct: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a struct's fields, by name."""
     return {field.name: row[field.name] for field in dataclasses.fields(struct)}
@@ -186,7 +145,7 @@ def _fields(struct: Any, row: Mapping[str, Any]) -> dict[str, Any]:
 def _read_evaluation(path: Path, iteration: int) -> Evaluation:
     check_sealed(path)
     raw = read_json(path)
-    with _naming(path):
+    with naming(path):
         names = sorted(raw["splits"], key=list(SPLIT_LABELS).index)
         splits = {name: _split_summary(raw["splits"][name]) for name in names}
         return Evaluation(iteration, raw["normalize"], float(raw["ceiling_nats"]), splits)
@@ -201,27 +160,8 @@ def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:
     )
 
 
-def _read_results(folder: Path) -> list[QueryResult]:
-    path = folder / "eval" / "results.jsonl"
-    check_sealed(path)
-    rows = read_jsonl(path)
-    with _naming(path):
-        return [_query_result(row) for row in rows]
-
-
 def _ids(results: Sequence[QueryResult]) -> list[tuple[str, str]]:
     return [(result.split, result.example_id) for result in results]
-
-
-def _query_result(row: Mapping[str, Any]) -> QueryResult:
-    result = QueryResult(**_fields(QueryResult, row))
-    n = len(result.constitutions)
-    lists = [result.responses, result.response_tokens, result.verdicts]
-    if any(values is not None and len(values) != n for values in lists):
-        raise ValueError(f"{result.example_id} has not one response, length and verdict for each of {n} constitutions")
-    if result.logps is None:
-        return result
-    return dataclasses.replace(result, logps=np.array(result.logps, dtype=np.float64).reshape(n, n))
 
 
 def _read_funnels(folders: Mapping[int, Path]) -> dict[int, Funnel]:
@@ -230,20 +170,20 @@ def _read_funnels(folders: Mapping[int, Path]) -> dict[int, Funnel]:
         path = folder / "sample" / "DONE.json"
         if path.exists():
             done = read_json(path)
-            with _naming(path):
+            with naming(path):
                 funnels[iteration] = Funnel(**_fields(Funnel, done["counts"]))
     return funnels
 
 
 def _read_train_steps(path: Path) -> dict[int, list[TrainStep]]:
     latest: dict[int, dict[int, TrainStep]] = {}
-    with _naming(path):
+    with naming(path):
         for row in read_log(path):  # a resumed run repeats steps: the last line wins
             latest.setdefault(row["iteration"], {})[row["step"]] = TrainStep(**_fields(TrainStep, row))
     return {iteration: [steps[step] for step in sorted(steps)] for iteration, steps in sorted(latest.items())}
 
 
 def _read_stage_times(path: Path) -> dict[tuple[int, str], float]:
-    with _naming(path):
+    with naming(path):
         done = [row for row in read_log(path) if row["event"] == "stage_done"]
         return {(row["iteration"], row["stage"]): float(row["seconds"]) for row in done}

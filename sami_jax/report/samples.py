@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from sami_jax.evaluation.results import QueryResult
 from sami_jax.report.measures import iteration_label
-from sami_jax.report.reading import QueryResult, Run
+from sami_jax.report.reading import Run
 
 N_FIRST = 6  # per split, in file order, whatever they show
 N_CHANGED = 4  # per split, in file order, after the first
@@ -66,5 +67,5 @@ def followed_text(result: QueryResult) -> str:
     """ "3 of 4 followed", over the constitutions and their principles."""
     if result.verdicts is None:
         return "not judged"
-    marks = [followed for verdict in result.verdicts for followed in verdict["followed"].values()]
+    marks = [followed for verdict in result.verdicts for followed in verdict.followed.values()]
     return f"{sum(marks)} of {len(marks)} followed"

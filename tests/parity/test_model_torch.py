@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import doubles
 from ladder import rungs
-from sami_jax import stages
 from sami_jax.config import from_dict
+from sami_jax.huggingface.folder import read_config, save_finetuned
+from sami_jax.huggingface.opened import load_model
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import make_model
-from sami_jax.model.huggingface import read_config, save_finetuned
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.scoring import batch_widths, contrastive_logps, make_batch
+from sami_jax.stages.answers import respond
 from sami_jax.types import Array, Params
 from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
@@ -158,7 +159,7 @@ def test_greedy_text(family, tmp_path):
     model.generation_config.eos_token_id = [2, end]
     model.save_pretrained(tmp_path)
     config = from_dict({"sampling": {"max_new_tokens": 16, "stop": []}})
-    responses = stages.respond(stages.load_model(tmp_path, config), prompts, config.sampling, rows=4)
+    responses = respond(load_model(tmp_path, config.mesh, config.compute_dtype), prompts, config.sampling, rows=4)
     for prompt, response in zip(prompts, responses, strict=True):
         ids = generated(prompt)
         if ids[-1] in (2, end):

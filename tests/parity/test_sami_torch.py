@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sami_jax import iterations, stages
 from sami_jax.config import RunConfig, from_dict
 from sami_jax.data.tokenizer import load_tokenizer
+from sami_jax.run.single_stages import score_file, train_folder
 from sami_jax.training import query_indices
 from tiny_models import write_tokenizer
 from torch_models import torch_model
@@ -148,7 +148,7 @@ def torch_training(prepared: Prepared, out: Path, *, optimizer: str, normalize: 
 
 def our_training(prepared: Prepared, out: Path, *, optimizer: str, **train: Any) -> Trained:
     config = run_config(optimizer=optimizer, learning_rate=OPTIMIZERS[optimizer][0], **train)
-    iterations.train_folder(config, model=prepared.folder, pairs=prepared.pairs, out=out)
+    train_folder(config, model=str(prepared.folder), pairs=prepared.pairs, out=out)
     lines = (out.with_name(out.name + ".training") / "metrics.jsonl").read_text().splitlines()
     return Trained([json.loads(line)["loss"] for line in lines], load_file(out / "model.safetensors"))
 
@@ -170,7 +170,7 @@ def share_of_updates_that_agree(before: dict, ours: dict, theirs: dict) -> tuple
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
 def test_the_matrix_of_a_pairs_file(prepared, normalize):
-    lines, _ = stages.score_file(run_config(normalize=normalize), model=prepared.folder, pairs=prepared.pairs)
+    lines = score_file(run_config(normalize=normalize), model=str(prepared.folder), pairs=prepared.pairs, out=None)
     model = load_torch(prepared.folder)
     with torch.no_grad():
         expected = [torch_matrix(model, *ids, normalize=normalize) for ids in ids_of(prepared)]

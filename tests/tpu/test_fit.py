@@ -7,7 +7,7 @@ import pytest
 
 from sami_jax.config import MeshConfig, RunConfig, TrainConfig, load_config
 from sami_jax.errors import BadConfigError
-from sami_jax.model.huggingface import read_config
+from sami_jax.huggingface.folder import read_config
 from sami_jax.plan import GIB, HBM_GIB, compile_programs, topology_devices
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 from sami_jax.data.tokenizer import TOKENIZER_FILES
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
-from sami_jax.files import building, read_json, write_json, write_text
+from sami_jax.files import building, content_hash, file_hash, read_json, write_json, write_text
 from sami_jax.model.config import DecoderConfig, config_from_huggingface
 from sami_jax.model.decoder import abstract_params
-from sami_jax.processes import agreed, writes
+from sami_jax.processes import agreed, is_writer
 from sami_jax.sharding import gather
 from sami_jax.types import Array, Params
 
@@ -179,6 +179,17 @@ def model_files(folder: Path) -> list[str]:
     return sorted(name for name in (*SETTINGS_FILES, *index, *weights) if (folder / name).is_file())
 
 
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files that are read of a model folder.
+
+    Other tools may put more into a folder of the Hub's cache, and change nothing.
+
+    Raises:
+      BadDataError: its weights are missing.
+    """
+    return content_hash([[name, file_hash(folder / name)] for name in model_files(folder)])
+
+
 def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: Params) -> Params:
     """Reads every weight of a model folder straight to where it belongs.
 
@@ -294,7 +305,7 @@ def save_model(
 
     with contextlib.ExitStack() as stack:
         with agreed():
-            place = stack.enter_context(building(folder)) if writes() else None
+            place = stack.enter_context(building(folder)) if is_writer() else None
         for file, names in split.filename_to_tensors.items():
             tensors = ((name, tensor(name)) for name in names)
             kept = {name: values for name, values in tensors if place}

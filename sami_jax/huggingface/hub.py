@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from sami_jax.errors import BadDataError, FetchFailedError, SamiError
-from sami_jax.model.huggingface import SETTINGS_FILES, WEIGHT_FILES, find_weights, read_config, read_weight_map
+from sami_jax.huggingface.folder import SETTINGS_FILES, WEIGHT_FILES, find_weights, read_config, read_weight_map
 
 
 def fetch_model(model: str) -> Path:

@@ -1,0 +1,215 @@
+"""From the names in a config to files that are there: fetched, made and looked at, before the first stage."""
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
+from sami_jax.data.principles import learned, read_principles
+from sami_jax.data.queries import alternating_half, read_queries
+from sami_jax.data.tasks import Task
+from sami_jax.disk import check_disk
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.files import content_hash, read_json, write_json
+from sami_jax.huggingface.folder import find_weights, read_config
+from sami_jax.huggingface.hub import fetch_model, model_name
+from sami_jax.huggingface.opened import open_model
+from sami_jax.model.config import DecoderConfig
+from sami_jax.model.decoder import sharded_params
+from sami_jax.pretraining import base_shape, pretrain
+from sami_jax.run.attempts import time_now
+from sami_jax.safe_point import SafePoint
+from sami_jax.sharding import make_mesh
+from sami_jax.stages.answers import check_tasks
+from sami_jax.stages.evaluate import evaluation_tasks
+from sami_jax.stages.sample import sampling_tasks
+from sami_jax.training import pairs_needed
+
+_SCHEMA_VERSION = 2  # of a run directory; raised where stages that were begun before could not go on
+
+
+def open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
+    """Begins a run, or finds that it is the one begun before. Nothing is written where it is refused.
+
+    RUN.json and config.json are written once, and compared afterwards. RUN.json keeps the commit of a model's name on
+    the Hub: what moves there later does not change the run.
+
+    Args:
+      config: the settings, or None for those the run was begun with.
+      workdir: the run directory, which exists.
+      say: takes sentences for the person who watches.
+
+    Returns:
+      The config, its model a folder, fetched where it was a name.
+
+    Raises:
+      BadConfigError: the settings are not those the run was begun with, or cannot be used.
+      BadDataError: a file cannot be used.
+      SaveFailedError: the disk is too small.
+    """
+    if (workdir / "config.json").exists():
+        return _open_begun(config, workdir, say)
+    if config is None:
+        raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
+    found = with_files(config, iterations=config.iterations)
+    _check_disk(found, workdir, say)
+    if not needs_pretraining(found):
+        check_queries(found, iterations=found.iterations)
+    plain = to_dict(config)
+    about = {
+        "run_id": str(uuid.uuid4()),
+        "schema_version": _SCHEMA_VERSION,
+        "created": time_now(),
+        "seed": config.seed,
+        "model": model_name(Path(found.model)) if Path(found.model) != Path(config.model) else config.model,
+        "config_sha256": content_hash(plain),
+    }
+    write_json(workdir / "RUN.json", about)
+    write_json(workdir / "config.json", plain)  # last: where it stands, the run has begun
+    return found
+
+
+def _open_begun(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
+    about = read_json(workdir / "RUN.json")
+    if about["schema_version"] != _SCHEMA_VERSION:
+        raise BadConfigError(
+            f"{workdir} was begun by another version of sami_jax, whose stages this one cannot go on with; finish it "
+            "there, or choose another --workdir."
+        )
+    begun = from_dict(read_json(workdir / "config.json"))  # a setting that was not there yet had its default
+    changed = [] if config is None else list(_differences(to_dict(begun), to_dict(config), ""))
+    if changed:
+        raise BadConfigError(
+            f"{workdir} was started with other settings ({'; '.join(changed)}); choose another --workdir for the new "
+            "ones, or leave out --config to go on with the old."
+        )
+    found = with_files(dataclasses.replace(begun, model=about["model"]), iterations=begun.iterations)
+    _check_disk(found, workdir, say)
+    return found
+
+
+def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
+    """The config, its model fetched. Refuses one whose files are missing or hold something else.
+
+    Args:
+      config: the settings.
+      iterations: how many there are; 0 for an evaluation alone, which needs no training queries.
+
+    Raises:
+      BadConfigError: a setting names no file.
+      BadDataError: a file cannot be used.
+      FetchFailedError: the model could not be downloaded.
+    """
+    if needs_pretraining(config) and not config.pretraining.enabled:
+        raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
+    named = {
+        "queries.evaluation": config.queries.evaluation,
+        "constitutions.principles": config.constitutions.principles,
+    }
+    if iterations:
+        named["queries.train"] = config.queries.train
+    for field, name in named.items():
+        if PRETRAINED not in name:
+            if not Path(name).is_file():
+                raise BadConfigError(f"config.{field} is {name!r}, which is not a file; name one.")
+            (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
+    if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
+        _evaluation_tasks(config)  # for what it refuses, before anything is written
+    if PRETRAINED not in config.model:
+        folder = fetch_model(config.model)
+        read_config(folder)
+        find_weights(folder)
+        config = dataclasses.replace(config, model=str(folder))
+    return config
+
+
+def check_mesh(config: RunConfig) -> None:
+    """Raises BadConfigError where the config's mesh does not fit the devices or the base model."""
+    sharded_params(_base_shape(config), make_mesh(config.mesh), config.train.weights_dtype)
+
+
+def check_queries(config: RunConfig, *, iterations: int) -> None:
+    """Refuses, before any work, the first query whose prompt may not fit the model together with a response.
+
+    Args:
+      config: the run's; its model and files are there.
+      iterations: how many times the training queries are sampled from; 0 looks at the evaluation's alone.
+
+    Raises:
+      BadConfigError: the constitutions cannot be drawn.
+      BadDataError: the file and the query, or an iteration has fewer queries than its training needs.
+    """
+    opened = open_model(Path(config.model), config.mesh, config.compute_dtype)
+    new_tokens = config.sampling.max_new_tokens + config.train.train_eos
+
+    def check(tasks: list[Task], file: str) -> None:
+        check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=file)
+
+    for tasks in _evaluation_tasks(config).values():
+        check(tasks, config.queries.evaluation)
+    principles = learned(read_principles(Path(config.constitutions.principles)))
+    queries = read_queries(Path(config.queries.train)) if iterations else []
+    for iteration in range(1, iterations + 1):
+        half = alternating_half(queries, iteration)
+        if len(half) < (needed := pairs_needed(config.train, iteration)):
+            raise BadDataError(
+                f"{config.queries.train}: iteration {iteration} samples from {len(half)} queries, every second one, "
+                f"but its {config.train.steps[iteration - 1]} steps need {needed}; give more queries, or lower "
+                "config.train.steps or config.train.queries_per_step, or raise config.train.passes."
+            )
+        tasks = sampling_tasks(half, principles, config.constitutions, seed=config.seed, iteration=iteration)
+        check(tasks, config.queries.train)
+
+
+def needs_pretraining(config: RunConfig) -> bool:
+    """Whether a path of the config lies in the base's folder, which may have to be made."""
+    return PRETRAINED in json.dumps(to_dict(config))
+
+
+def with_pretrained(config: RunConfig, safe_point: SafePoint) -> RunConfig:
+    """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
+    if not needs_pretraining(config):
+        return config
+    folder = str(pretrain(config.pretraining, safe_point=safe_point))
+    return from_dict(_replaced(to_dict(config), folder))
+
+
+def _evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
+    return evaluation_tasks(
+        queries=Path(config.queries.evaluation),
+        count=config.queries.evaluation_count,
+        principles=Path(config.constitutions.principles),
+        constitutions=config.constitutions,
+        evaluation=config.evaluation,
+        seed=config.seed,
+    )
+
+
+def _base_shape(config: RunConfig) -> DecoderConfig:
+    """Of the base model, also of one that is still to be pretrained."""
+    return base_shape(config.pretraining) if PRETRAINED in config.model else read_config(Path(config.model))
+
+
+def _check_disk(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> None:
+    sentence = check_disk(
+        workdir, config.train, iterations=config.iterations, shape=_base_shape(config), mesh=make_mesh(config.mesh)
+    )
+    if sentence:
+        say(sentence)
+
+
+def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{prefix}{key}.")
+    elif before != after:
+        yield f"{prefix.rstrip('.')}: {before!r} -> {after!r}"
+
+
+def _replaced(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(item, folder) for key, item in value.items()}
+    return value.replace(PRETRAINED, folder) if isinstance(value, str) else value

@@ -1,0 +1,168 @@
+"""One stage on files of the user's own: what `sami train`, `evaluate`, `generate`, `score` and `export` do."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sami_jax.config import RunConfig, check_training, from_dict
+from sami_jax.data.pairs import read_entries
+from sami_jax.errors import BadDataError
+from sami_jax.files import append_jsonl, read_json
+from sami_jax.huggingface.folder import read_config
+from sami_jax.huggingface.hub import fetch_model
+from sami_jax.outputs import check_file, check_folder, refuse_file
+from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
+from sami_jax.safe_point import stop_on_signal
+from sami_jax.stage_folder import DONE, locked, read_done, refuse_foreign, refuse_foreign_file
+from sami_jax.stages.evaluate import Evaluate
+from sami_jax.stages.export import Export, convert
+from sami_jax.stages.generate import Generate, read_prompts
+from sami_jax.stages.score import Score
+from sami_jax.stages.stage import complete, complete_file, file_source, model_source
+from sami_jax.stages.train import Train, drop_checkpoints
+
+
+def train_folder(config: RunConfig, *, model: str, pairs: Path, out: Path) -> Path:
+    """Trains a model on a pairs file and writes the trained folder `out`.
+
+    `out` with ".training" behind its name keeps metrics.jsonl and checkpoints: an interrupted training goes on there,
+    and a finished one is not done again.
+
+    Args:
+      config: the settings; the first of `train.steps` counts.
+      model: a folder, or a name on the Hub.
+      pairs: JSON in the authors' format.
+      out: the trained folder.
+
+    Raises:
+      BadConfigError: `out` was begun with other settings, model or pairs.
+      BadDataError: model or pairs cannot be used, or `out` holds something else.
+    """
+    check_training(config, iterations=1)
+    read_entries(pairs)  # for what it refuses, before a model is fetched
+    refuse_file(out)
+    out = Path(os.path.realpath(out))
+    training = out.with_name(f"{out.name}.training") if out.name else check_folder(out)
+    if not (training / DONE).is_file():  # only a finished training writes there
+        check_folder(out)
+    base = model_source(fetch_model(model))
+    with locked(training), stop_on_signal() as safe_point:
+        trained = complete(
+            Train.of(config, 1, base=base, pairs=file_source(pairs)),
+            training,
+            safe_point=safe_point,
+            log=lambda record: append_jsonl(training / "metrics.jsonl", record),
+        )
+        complete(Export.of(config, 1, base=base, trained=trained.source), out, safe_point=safe_point)
+        drop_checkpoints(config.train, trained=training)
+    return out
+
+
+def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out: Path) -> Path:
+    """Evaluates a model as a run would, against the base's evaluation folder where one is given.
+
+    Args:
+      config: the settings; its model is the base.
+      model: a folder, or a name on the Hub.
+      baseline: the base's evaluation folder, or None.
+      out: gets summary.json and results.jsonl.
+
+    Returns:
+      `out/summary.json`.
+
+    Raises:
+      BadConfigError: `out` was made from other inputs.
+      BadDataError: a folder cannot be used.
+    """
+    refuse_foreign(out)
+    config = with_files(config, iterations=0)
+    check_mesh(config)
+    folder = fetch_model(model)
+    read_config(folder)
+    with locked(out), stop_on_signal() as safe_point:
+        config = with_pretrained(config, safe_point)
+        evaluated, base = model_source(folder), model_source(Path(config.model))
+        stage = Evaluate.of(
+            config,
+            0 if evaluated.fingerprint == base.fingerprint else 1,
+            model=evaluated,
+            base=base,
+            baseline=file_source(baseline / "results.jsonl") if baseline else None,
+            queries=file_source(Path(config.queries.evaluation)),
+            principles=file_source(Path(config.constitutions.principles)),
+        )
+        if not (out / DONE).is_file():
+            check_queries(config, iterations=0)
+        complete(stage, out, safe_point=safe_point)
+    return out / "summary.json"
+
+
+def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, rows: int) -> list[Any]:
+    """Answers a prompts file. Returns the lines of `out`: the prompts' with response, response_ids and finished.
+
+    Args:
+      config: the settings.
+      model: a folder, or a name on the Hub.
+      prompts: JSON lines, each an object with "prompt".
+      out: JSON lines, a device or a pipe.
+      rows: prompts sampled together.
+
+    Raises:
+      BadConfigError: `out`, or its parts, were made from other inputs.
+      BadDataError: model or prompts cannot be used, or `out` is another file.
+    """
+    check_file(out)
+    refuse_foreign_file(out)
+    read_prompts(prompts)  # for what it refuses, before a model is fetched
+    source = model_source(fetch_model(model))
+    stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows)
+    with stop_on_signal() as safe_point:
+        return complete_file(stage, out, safe_point=safe_point)
+
+
+def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) -> list[Any]:
+    """Scores a pairs file. Returns the lines of `out`; see `stages.score.Score.make`.
+
+    Args:
+      config: the settings.
+      model: a folder, or a name on the Hub.
+      pairs: JSON in the authors' format.
+      out: JSON lines, a device or a pipe; None writes nothing.
+
+    Raises:
+      BadConfigError: `out`, or its parts, were made from other inputs.
+      BadDataError: model or pairs cannot be used, or `out` is another file.
+      NonFiniteError: a log-prob is NaN or infinite.
+    """
+    if out:
+        check_file(out)
+        refuse_foreign_file(out)
+    read_entries(pairs)  # for what it refuses, before a model is fetched
+    stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
+    with stop_on_signal() as safe_point:
+        return complete_file(stage, out, safe_point=safe_point)
+
+
+def export_folder(workdir: Path, iteration: int, out: Path, *, dtype: str, verify: bool) -> Path:
+    """Writes the Hugging Face folder of a run's iteration elsewhere, in any dtype.
+
+    Args:
+      workdir: the run directory.
+      iteration: 1, 2, ....
+      out: new folder.
+      dtype: of its weights.
+      verify: load it again, and compare the logits of random tokens, which must be those of the rounded weights.
+
+    Raises:
+      BadDataError: the iteration has no finished export, or `out` holds files.
+      NonFiniteError: a weight is not finite in `dtype`.
+      SaveFailedError: the disk is full or not writable, or what was written gives other logits.
+    """
+    out = check_folder(out)
+    exported = workdir / f"iter_{iteration:03d}" / "export"
+    if not (exported / DONE).is_file():
+        raise BadDataError(f"{workdir} has no finished export of iteration {iteration}; go on with `sami run` first.")
+    read_done(exported)
+    config = from_dict(read_json(workdir / "config.json"))
+    convert(config.mesh, model=exported, out=out, dtype=dtype, verify=verify)
+    return out

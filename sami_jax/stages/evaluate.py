@@ -1,0 +1,249 @@
+"""The evaluation stage: a model answers the evaluation queries, and its answers are judged and scored."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sami_jax.config import ConstitutionsConfig, EvaluationConfig, MeshConfig, PromptsConfig, RunConfig, SamplingConfig
+from sami_jax.data.principles import Principle, learned, read_principles
+from sami_jax.data.queries import read_queries
+from sami_jax.data.tasks import Task, draw_task
+from sami_jax.errors import BadDataError, NonFiniteError
+from sami_jax.evaluation.judges import check_judged, get_judge
+from sami_jax.evaluation.results import QueryResult, read_results, write_results
+from sami_jax.evaluation.summary import query_mi_nats, summarize
+from sami_jax.files import write_json
+from sami_jax.huggingface.opened import LoadedModel, load_model
+from sami_jax.progress import Progress
+from sami_jax.safe_point import SafePoint
+from sami_jax.sampling import Response
+from sami_jax.seeds import generator
+from sami_jax.stages.answers import answer, answered_pair
+from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.stage import Output, Source, Stage, settings_but
+from sami_jax.types import Dtype, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """What the paper's section 4 measures, of one model.
+
+    Attributes:
+      iteration: whose model it is; 0 for the base.
+      model: its folder.
+      base: the base model's folder; the answers' log-prob under it shows over-optimisation.
+      baseline: results.jsonl of the base's evaluation, to compare with; None for the base itself.
+      queries: file of evaluation queries.
+      evaluation_count: so many of them, the first.
+      principles: file of principles.
+      seed: decides the constitutions.
+      constitutions: how they are drawn.
+      prompts: templates.
+      sampling: how to sample.
+      evaluation: what is measured.
+      scoring: how answers are scored.
+      compute_dtype: of activations and matmuls.
+      mesh: the devices.
+    """
+
+    name = "evaluate"
+
+    iteration: int
+    model: Source
+    base: Source
+    baseline: Source | None
+    queries: Source
+    evaluation_count: int
+    principles: Source
+    seed: int
+    constitutions: ConstitutionsConfig = settings_but("principles")
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    scoring: Scoring
+    compute_dtype: Dtype
+    mesh: MeshConfig
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        iteration: int,
+        *,
+        model: Source,
+        base: Source,
+        baseline: Source | None,
+        queries: Source,
+        principles: Source,
+    ) -> "Evaluate":
+        """The stage of a run's iteration."""
+        return cls(
+            iteration=iteration,
+            model=model,
+            base=base,
+            baseline=baseline,
+            queries=queries,
+            evaluation_count=config.queries.evaluation_count,
+            principles=principles,
+            seed=config.seed,
+            constitutions=config.constitutions,
+            prompts=config.prompts,
+            sampling=config.sampling,
+            evaluation=config.evaluation,
+            scoring=Scoring.of(config.train),
+            compute_dtype=config.compute_dtype,
+            mesh=config.mesh,
+        )
+
+    def make(self, out: Output, safe_point: SafePoint) -> Any:
+        """Makes `responses/*/00000.jsonl` ..., `results.jsonl` and `summary.json`; see `Stage.make`.
+
+        Raises:
+          BadDataError: queries, principles or baseline cannot be used.
+          NonFiniteError: a log-prob is NaN or infinite.
+        """
+        all_tasks = self.tasks()
+        baseline = self._read_baseline(self.baseline.path, all_tasks) if self.baseline else None
+        loaded = load_model(self.model.path, self.mesh, self.compute_dtype)
+        same = self.model.path == self.base.path
+        base_params = loaded.params if same else load_model(self.base.path, self.mesh, self.compute_dtype).params
+        out.begin()
+        results: list[QueryResult] = []
+        splits: dict[str, Any] = {}
+        for split, tasks in all_tasks.items():
+            answers = self._answers(loaded, split, tasks, out, safe_point)
+            found = self._results(loaded, base_params, split, tasks, answers)
+            splits[split] = summarize(found, None if baseline is None else [r for r in baseline if r.split == split])
+            splits[split]["judge"] = None if self.evaluation.judge == "none" else self.evaluation.judge
+            results += found
+        summary = {
+            "iteration": self.iteration,
+            "normalize": self.scoring.normalize,
+            "ceiling_nats": math.log(self.constitutions.count),
+            "splits": splits,
+        }
+        out.write("results.jsonl", write_results, results)
+        out.write("summary.json", write_json, summary)
+        return {name: split["n_queries"] for name, split in splits.items()}
+
+    def tasks(self) -> dict[str, list[Task]]:
+        """The queries and constitutions of each split; see `evaluation_tasks`."""
+        return evaluation_tasks(
+            queries=self.queries.path,
+            count=self.evaluation_count,
+            principles=self.principles.path,
+            constitutions=self.constitutions,
+            evaluation=self.evaluation,
+            seed=self.seed,
+        )
+
+    def _answers(
+        self, loaded: LoadedModel, split: str, tasks: Sequence[Task], out: Output, safe_point: SafePoint
+    ) -> list[list[Response]]:
+        answers: list[list[Response]] = []
+        progress = Progress(f"iteration {self.iteration}: evaluating {split}", len(tasks), unit="queries")
+        size = self.sampling.chunk_queries
+        for number, start in enumerate(range(0, len(tasks), size)):
+            chunk, part = tasks[start : start + size], f"responses/{split}/{number:05d}.jsonl"
+            answers += answer(loaded, chunk, self.prompts.generation, self.sampling, out=out, part=part)
+            progress.update(len(answers))
+            safe_point()
+        return answers
+
+    def _results(
+        self,
+        loaded: LoadedModel,
+        base_params: Params,
+        split: str,
+        tasks: Sequence[Task],
+        answers: Sequence[Sequence[Response]],
+    ) -> list[QueryResult]:
+        pairs = [
+            answered_pair(task.query, task.constitutions, responses, self.prompts, loaded.tokenizer)
+            for task, responses in zip(tasks, answers, strict=True)
+        ]
+        ours, bases = (matrices(loaded, params, pairs, self.scoring) for params in (loaded.params, base_params))
+        for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
+            if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
+                raise NonFiniteError(f"The log-probs of query {pair.example_id} are not finite; a model is damaged.")
+        judge = get_judge(self.evaluation.judge)
+        results = []
+        rows = zip(tasks, pairs, ours, bases, query_mi_nats(ours), strict=True)
+        for task, pair, logps, base_logps, mi_nats in rows:
+            scored = all(pair.response_ids)  # an empty response has no log-prob; such queries are counted, not averaged
+            judged = zip(task.constitutions, pair.responses, strict=True)
+            results.append(
+                QueryResult(
+                    split=split,
+                    example_id=task.query.example_id,
+                    query=task.query.text,
+                    constitutions=[constitution.text for constitution in task.constitutions],
+                    responses=list(pair.responses),
+                    response_tokens=[len(ids) for ids in pair.response_ids],
+                    logps=logps if scored else None,
+                    base_logps=np.diagonal(base_logps) if scored else None,
+                    mi_nats=float(mi_nats) if scored else None,
+                    verdicts=[judge(task.query, c, response) for c, response in judged] if judge else None,
+                )
+            )
+        return results
+
+    def _read_baseline(self, path: Path, tasks: dict[str, list[Task]]) -> list[QueryResult]:
+        """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""
+        results = read_results(path)
+        judged = self.evaluation.judge != "none"
+        wanted = [
+            (name, task.query.example_id, [constitution.text for constitution in task.constitutions], judged)
+            for name, split in tasks.items()
+            for task in split
+        ]
+        if [(r.split, r.example_id, r.constitutions, r.verdicts is not None) for r in results] != wanted:
+            raise BadDataError(
+                f"{path.parent} is no baseline for this evaluation: its queries, constitutions or judge are others. "
+                "Evaluate the base with the same config first."
+            )
+        return results
+
+
+def evaluation_tasks(
+    *,
+    queries: Path,
+    count: int,
+    principles: Path,
+    constitutions: ConstitutionsConfig,
+    evaluation: EvaluationConfig,
+    seed: int,
+) -> dict[str, list[Task]]:
+    """The queries and constitutions of each split, the same for every iteration.
+
+    "learned": principles SAMI trains on; "held_out": the others, where there are enough of them for a constitution.
+
+    Args:
+      queries: file.
+      count: so many of its queries, the first.
+      principles: file.
+      constitutions: how they are drawn.
+      evaluation: the judge, and whether held-out principles are wanted.
+      seed: decides them.
+
+    Raises:
+      BadConfigError: the constitutions cannot be drawn.
+      BadDataError: queries or principles cannot be used, or the judge cannot read them.
+    """
+    asked, known = read_queries(queries)[:count], read_principles(principles)
+    check_judged(evaluation.judge, asked, known)
+    held_out = [principle for principle in known if principle.held_out]
+    splits: dict[str, list[Principle]] = {"learned": learned(known)}
+    if evaluation.held_out and len(held_out) >= constitutions.principles_per_query:
+        splits["held_out"] = held_out
+    return {
+        name: [
+            draw_task(q, drawn, constitutions, generator(seed, "constitutions", "evaluate", name, q.example_id))
+            for q in asked
+        ]
+        for name, drawn in splits.items()
+    }

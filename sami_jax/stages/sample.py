@@ -1,0 +1,145 @@
+"""The sampling stage: responses under contrasting constitutions, until there are pairs enough to train on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from sami_jax.config import ConstitutionsConfig, FiltersConfig, MeshConfig, PromptsConfig, RunConfig, SamplingConfig
+from sami_jax.data.filters import REASONS, drop_reason
+from sami_jax.data.pairs import Pair, write_pairs
+from sami_jax.data.principles import Principle, learned, read_principles
+from sami_jax.data.queries import Query, alternating_half, read_queries
+from sami_jax.data.tasks import Task, draw_task
+from sami_jax.data.tokenizer import Tokenizer
+from sami_jax.errors import BadDataError
+from sami_jax.files import write_jsonl
+from sami_jax.huggingface.opened import load_model
+from sami_jax.progress import Progress
+from sami_jax.safe_point import SafePoint
+from sami_jax.sampling import Response
+from sami_jax.seeds import generator
+from sami_jax.stages.answers import answer, answered_pair
+from sami_jax.stages.stage import Output, Source, Stage, settings_but
+from sami_jax.training import pairs_needed
+from sami_jax.types import Dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(Stage):
+    """Algorithm 1, sampling: the previous iteration's model answers its half of the queries.
+
+    Attributes:
+      iteration: 1, 2, ....
+      model: folder of the previous iteration's model.
+      queries: file of training queries.
+      principles: file of principles.
+      seed: decides order and constitutions.
+      constitutions: how they are drawn.
+      prompts: templates.
+      sampling: how to sample.
+      filters: which queries are kept.
+      steps: optimizer steps that are to follow.
+      needed: pairs that those steps need.
+      compute_dtype: of activations and matmuls.
+      mesh: the devices.
+    """
+
+    name = "sample"
+
+    iteration: int
+    model: Source
+    queries: Source
+    principles: Source
+    seed: int
+    constitutions: ConstitutionsConfig = settings_but("principles")
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    filters: FiltersConfig
+    steps: int
+    needed: int
+    compute_dtype: Dtype
+    mesh: MeshConfig
+
+    @classmethod
+    def of(cls, config: RunConfig, iteration: int, *, model: Source, queries: Source, principles: Source) -> "Sample":
+        """The stage of a run's iteration."""
+        return cls(
+            iteration=iteration,
+            model=model,
+            queries=queries,
+            principles=principles,
+            seed=config.seed,
+            constitutions=config.constitutions,
+            prompts=config.prompts,
+            sampling=config.sampling,
+            filters=config.filters,
+            steps=config.train.steps[iteration - 1],
+            needed=pairs_needed(config.train, iteration),
+            compute_dtype=config.compute_dtype,
+            mesh=config.mesh,
+        )
+
+    def make(self, out: Output, safe_point: SafePoint) -> Any:
+        """Makes `chunks/00000.jsonl` ..., `pairs.json` and `rejects.jsonl`; see `Stage.make`.
+
+        Raises:
+          BadDataError: the queries run out before enough pairs are kept.
+        """
+        queries = alternating_half(read_queries(self.queries.path), self.iteration)
+        principles = learned(read_principles(self.principles.path))
+        loaded = load_model(self.model.path, self.mesh, self.compute_dtype)
+        out.begin()
+        order = generator(self.seed, "sample", self.iteration).permutation(len(queries))
+        kept: list[Pair] = []
+        rejects: list[dict[str, Any]] = []
+        asked, size = 0, self.sampling.chunk_queries
+        progress = Progress(f"iteration {self.iteration}: sampling", self.needed, unit="pairs")
+        for number, start in enumerate(range(0, len(order), size)):
+            asked_now = [queries[i] for i in order[start : start + size]]
+            tasks = sampling_tasks(asked_now, principles, self.constitutions, seed=self.seed, iteration=self.iteration)
+            part = f"chunks/{number:05d}.jsonl"
+            answers = answer(loaded, tasks, self.prompts.generation, self.sampling, out=out, part=part)
+            for task, responses in zip(tasks, answers, strict=True):
+                reason = drop_reason(responses, self.filters)
+                if reason is None:
+                    kept.append(self._pair(task, responses, loaded.tokenizer))
+                else:
+                    texts = [response.text for response in responses]
+                    rejects.append({"example_id": task.query.example_id, "reason": reason, "responses": texts})
+            asked += len(tasks)
+            progress.update(min(len(kept), self.needed), f"{len(kept)} of {asked} queries kept")
+            if len(kept) >= self.needed:
+                break
+            safe_point()
+        dropped = {reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS}
+        if len(kept) < self.needed:
+            raise BadDataError(
+                f"Iteration {self.iteration} kept {len(kept)} pairs of {asked} queries ({dropped}), but its "
+                f"{self.steps} steps need {self.needed}; start a run in another folder with more queries, fewer "
+                "config.train.steps, or higher config.train.passes."
+            )
+        out.write("pairs.json", write_pairs, kept)
+        out.write("rejects.jsonl", write_jsonl, rejects)
+        return {"queries": len(queries), "sampled": asked, "kept": len(kept), "dropped": dropped}
+
+    def _pair(self, task: Task, responses: Sequence[Response], tokenizer: Tokenizer) -> Pair:
+        rng = generator(self.seed, "reshuffle", self.iteration, task.query.example_id)
+        constitutions = [c.shuffled(rng) if self.constitutions.reshuffle else c for c in task.constitutions]
+        return answered_pair(task.query, constitutions, responses, self.prompts, tokenizer)
+
+
+def sampling_tasks(
+    queries: Sequence[Query],
+    principles: Sequence[Principle],
+    constitutions: ConstitutionsConfig,
+    *,
+    seed: int,
+    iteration: int,
+) -> list[Task]:
+    """What each query is asked under in an iteration, whatever the other queries are."""
+    return [
+        draw_task(
+            query, principles, constitutions, generator(seed, "constitutions", "sample", iteration, query.example_id)
+        )
+        for query in queries
+    ]

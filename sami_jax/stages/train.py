@@ -1,0 +1,225 @@
+"""The training stage: the base model learns from contrastive pairs, step by step, from the newest checkpoint on."""
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sami_jax.checkpoints import Checkpoints, fingerprint
+from sami_jax.config import MeshConfig, RunConfig, TrainConfig
+from sami_jax.data.pairs import Pair, read_pairs
+from sami_jax.errors import BadDataError, NonFiniteError, enough_memory
+from sami_jax.files import write_json
+from sami_jax.huggingface.opened import OpenModel, open_model
+from sami_jax.progress import Progress
+from sami_jax.safe_point import SafePoint
+from sami_jax.scoring import batch_widths, make_batch
+from sami_jax.sharding import batch_shards, device_bytes, micro_batch_sharding, more_devices, place
+from sami_jax.stages.score import fewer_queries
+from sami_jax.stages.stage import Output, Source, Stage, settings_but
+from sami_jax.training import (
+    StepMetrics,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    micro_batches,
+    nonfinite_examples,
+    pairs_needed,
+    query_indices,
+)
+from sami_jax.types import Boundary, ContrastiveBatch, Dtype, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Stage):
+    """Algorithm 1, training: always of the base model.
+
+    Attributes:
+      iteration: 1, 2, ....
+      base: folder of the base model.
+      pairs: file of contrastive pairs.
+      seed: decides their order, and stochastic rounding.
+      train: how; how often weights are saved, and for how long, changes none of them.
+      boundary: where a response begins.
+      compute_dtype: of activations and matmuls.
+      mesh: the devices.
+    """
+
+    name = "train"
+    outside = "checkpoints"
+
+    iteration: int
+    base: Source
+    pairs: Source
+    seed: int
+    train: TrainConfig = settings_but("checkpoint_every", "keep_checkpoints")
+    boundary: Boundary
+    compute_dtype: Dtype
+    mesh: MeshConfig
+
+    @classmethod
+    def of(cls, config: RunConfig, iteration: int, *, base: Source, pairs: Source) -> "Train":
+        """The stage of a run's iteration."""
+        return cls(
+            iteration=iteration,
+            base=base,
+            pairs=pairs,
+            seed=config.seed,
+            train=config.train,
+            boundary=config.prompts.boundary,
+            compute_dtype=config.compute_dtype,
+            mesh=config.mesh,
+        )
+
+    def make(self, out: Output, safe_point: SafePoint) -> Any:
+        """Makes `checkpoints/` and `data.json`, the example ids of every step, and logs each step's metrics.
+
+        Raises:
+          BadDataError: model or pairs cannot be used, or there are fewer pairs than the steps need.
+          NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
+        """
+        train, count = self.train, self.train.steps[self.iteration - 1]
+        opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat)
+        pairs = self._read_pairs(opened)
+        # Weights that are refused leave nothing behind, so that they are read before the folder is begun.
+        fresh = None if (out.folder / "checkpoints").is_dir() else fresh_state(opened, train)
+        reference = opened.load(self.compute_dtype) if train.kl_beta > 0 else None
+        out.begin()
+        batches = _Batches(self, pairs, opened)
+        out.write("data.json", write_json, [[pair.example_id for pair in batches.pairs(step)] for step in range(count)])
+        step_fn = make_train_step(opened.model.score, train, seed=self.seed)
+        remedies = self._remedies(opened)
+        with Checkpoints(out.folder / "checkpoints") as checkpoints:
+            state = fresh or checkpoints.restore_latest(abstract_train_state(opened, train))
+            state = state or fresh_state(opened, train)
+            first = int(state.step)
+            title = f"iteration {self.iteration}: training"
+            progress = Progress(title, count, unit="steps", done=first, log_every_s=5.0)
+            for step in range(first, count):
+                started = time.monotonic()
+                work = f"in step {step + 1} of iteration {self.iteration}, on sequences of {batches.width} tokens"
+                with enough_memory(work, *remedies):
+                    state, metrics = step_fn(state, reference, batches.placed(step))
+                    finite = bool(metrics.finite)
+                if not finite:
+                    raise self._not_finite(step, metrics, batches.pairs(step))
+                scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
+                where = {"iteration": self.iteration, "stage": self.name, "step": step + 1}
+                out.log({**where, **scalars, "step_time_s": time.monotonic() - started})
+                note = f"loss {scalars['loss']:.4f}, MI {scalars['mi_nats']:.4f} nats"
+                progress.update(step + 1, f"{len(pairs)} pairs, {self._passes(pairs):.1f} passes, {note}")
+                if (step + 1) % train.checkpoint_every == 0 or step + 1 == count:
+                    checkpoints.save(state)
+                    safe_point()
+                else:
+                    checkpoints.save_if_stopped(state, safe_point)
+        widths = {"width": batches.width, "response_width": batches.response_width}
+        return {"steps": count, "pairs": len(pairs), **widths, "state": fingerprint(state)}
+
+    def _read_pairs(self, opened: OpenModel) -> list[Pair]:
+        train, steps = self.train, self.train.steps[self.iteration - 1]
+        pairs = read_pairs(
+            self.pairs.path,
+            opened.tokenizer,
+            boundary=self.boundary,
+            max_positions=opened.model.config.max_positions - train.train_eos,
+            vocab_size=opened.model.config.vocab_size,
+        )
+        passes, needed = self._passes(pairs), pairs_needed(train, self.iteration)
+        if len(pairs) < needed:
+            raise BadDataError(
+                f"{self.pairs.path} holds {len(pairs)} pairs, but {steps} steps of {train.queries_per_step} queries "
+                f"need {needed}: each pair would be used {passes:.1f} times, more than "
+                f"config.train.passes={train.passes:g}. Give more pairs, lower config.train.steps or "
+                f"config.train.queries_per_step, or set config.train.passes={math.ceil(100 * passes) / 100:g}."
+            )
+        return pairs
+
+    def _passes(self, pairs: Sequence[Pair]) -> float:
+        return self.train.steps[self.iteration - 1] * self.train.queries_per_step / len(pairs)
+
+    def _remedies(self, opened: OpenModel) -> list[str]:
+        return [
+            fewer_queries(self.train.micro_batch_queries),
+            "set config.train.remat=full" if self.train.remat != "full" else "",
+            more_devices(opened.mesh),
+            _rounded_weights(self.train),
+        ]
+
+    def _not_finite(self, step: int, metrics: StepMetrics, pairs: Sequence[Pair]) -> NonFiniteError:
+        ids = [pair.example_id for pair in pairs]
+        bad = nonfinite_examples(metrics, ids) or ids
+        return NonFiniteError(
+            f"Step {step + 1} of iteration {self.iteration}: loss {float(metrics.loss)}, gradient norm "
+            f"{float(metrics.grad_norm)} are not finite (queries {bad}); the update was not applied. "
+            "Look at these queries, and lower config.train.learning_rate if they are sound."
+        )
+
+
+class _Batches:
+    """The batch of every step, all of one width.
+
+    Attributes:
+      width: of the sequences, in tokens.
+      response_width: of the responses.
+    """
+
+    def __init__(self, stage: Train, pairs: Sequence[Pair], opened: OpenModel):
+        train = stage.train
+        self._pairs, self._mesh = pairs, opened.mesh
+        self._indices = [
+            query_indices(
+                len(pairs),
+                step,
+                seed=stage.seed,
+                iteration=stage.iteration,
+                queries_per_step=train.queries_per_step,
+            )
+            for step in range(train.steps[stage.iteration - 1])
+        ]
+        self._eos_id = opened.tokenizer.end_id() if train.train_eos else None
+        self._micro = train.micro_batch_queries * batch_shards(opened.mesh)
+        self.width, self.response_width = batch_widths(pairs, round_to=train.round_tokens_to, eos_id=self._eos_id)
+
+    def pairs(self, step: int) -> list[Pair]:
+        """What step 0, 1, ... trains on."""
+        return [self._pairs[i] for i in self._indices[step]]
+
+    def placed(self, step: int) -> ContrastiveBatch:
+        """The micro-batches of a step [M, m, ...] on the devices."""
+        widths = {"width": self.width, "response_width": self.response_width}
+        batch = make_batch(self.pairs(step), **widths, eos_id=self._eos_id)
+        return place(micro_batches(batch, self._micro), micro_batch_sharding(self._mesh))
+
+
+def abstract_train_state(opened: OpenModel, train: TrainConfig) -> TrainState:
+    """What a training of the model has for a state, none of it in memory."""
+    return abstract_state(opened.abstract_params(train.weights_dtype), make_optimizer(train))
+
+
+def fresh_state(opened: OpenModel, train: TrainConfig) -> TrainState:
+    """The state before the first step: the folder's weights, and the optimizer's beside them."""
+    specs = abstract_train_state(opened, train)
+    with enough_memory(
+        f"making the optimizer's state; with the weights it takes {device_bytes(specs) / 1e9:.1f} GB of each device",
+        more_devices(opened.mesh),
+        _rounded_weights(train),
+    ):
+        state = init_state(opened.load(train.weights_dtype), make_optimizer(train))
+        return place(state, jax.tree.map(lambda spec: spec.sharding, specs))
+
+
+def _rounded_weights(train: TrainConfig) -> str:
+    return "set config.train.weights=bfloat16_stochastic" if train.weights == "float32" else ""
+
+
+def drop_checkpoints(train: TrainConfig, *, trained: Path) -> None:
+    """Deletes the checkpoints of a finished training whose exported model stands, unless they are to be kept."""
+    if not train.keep_checkpoints:
+        shutil.rmtree(trained / "checkpoints", ignore_errors=True)  # what is left of it goes at the next start
