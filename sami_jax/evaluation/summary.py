@@ -39,7 +39,9 @@ def summarize(results: Sequence[QueryResult], baseline: Sequence[QueryResult] | 
     scored = [result for result in results if result.mi_nats is not None]
     summary: dict[str, Any] = {"n_queries": len(results), "n_unscored": len(results) - len(scored)}
     summary |= {name: _mean(result.per_query(name) for result in results) for name in ("mi_nats", "length_tokens")}
-    summary["base_logp"] = _mean(float(np.mean(r.base_logps)) for r in results if r.base_logps is not None)
+    summary["base_logp"] = _mean(
+        float(np.mean(r.base_logps, dtype=np.float64)) for r in results if r.base_logps is not None
+    )
     summary["distinct"] = _mean(result.per_query("distinct") for result in results)
     names = ("adherence", "well_formed", "faithful")
     summary |= {name: _mean(result.per_query(name) for result in results) if judged else None for name in names}
