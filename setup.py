@@ -39,5 +39,5 @@ setup(
         "lint": ["mypy>=1.15", "ruff>=0.12"],
         "parity": ["torch>=2.6"],
     },
-    entry_points={"console_scripts": ["sami = sami_jax.cli:main"]},
+    entry_points={"console_scripts": ["sami = sami_jax.cli.main:main"]},
 )

@@ -13,7 +13,7 @@ import argparse
 import pathlib
 import sys
 
-from sami_jax.config import load_config
+from sami_jax.config.run import load_config
 from sami_jax.errors import SamiError, exit_code
 from sami_jax.huggingface.folder import read_config
 from sami_jax.plan import GIB, HBM_GIB, compile_programs, topology_devices

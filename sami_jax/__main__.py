@@ -2,6 +2,6 @@
 
 import sys
 
-from sami_jax.cli import main
+from sami_jax.cli.main import main
 
 sys.exit(main())

@@ -10,10 +10,10 @@ import jax
 from jax.sharding import Mesh
 
 from sami_jax.checkpoints import KEPT
-from sami_jax.config import TrainConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.errors import SaveFailedError
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import sharded_params
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.stage_folder import DONE
 from sami_jax.training import abstract_state, make_optimizer
 

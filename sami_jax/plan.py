@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sami_jax.config import RunConfig, check_training
+from sami_jax.config.run import RunConfig, check_training
 from sami_jax.errors import BadConfigError, is_out_of_memory
 from sami_jax.flops import count_flops
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import make_model, sharded_params
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, shared_rows
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
 from sami_jax.types import Array, ContrastiveBatch

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sami_jax.config import MeshConfig
+from sami_jax.config.mesh import MeshConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.types import Params
 

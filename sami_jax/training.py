@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sami_jax.config import TrainConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
 from sami_jax.scoring import cell_logps, response_logits
 from sami_jax.seeds import generator, jax_key

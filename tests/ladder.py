@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import Decoder
 from sami_jax.model.layers import rms_norm
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.types import Array, Params
 
 

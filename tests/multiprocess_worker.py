@@ -17,7 +17,10 @@ import numpy as np
 
 import doubles
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import MeshConfig, RunConfig, SamplingConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.scoring import make_batch

@@ -14,19 +14,31 @@ PACKAGE = "sami_jax"
 # A module may import the modules before it in this list, and none behind it, wherever in the file the import stands.
 # A module that is not here has no place yet: put it where it belongs.
 ORDER = """
-    errors losses flops types seeds progress json_text outputs files safe_point stage_folder config processes sharding
+    errors losses flops types seeds progress
+    json_text outputs files safe_point stage_folder
+    config.fields config.data config.sampling config.training config.evaluation config.mesh config.pretraining
+    config.run
+    processes sharding
     data.principles data.constitutions data.prompts data.queries data.tasks data.tokenizer data.filters data.pairs
-    data.miniature
-    model.config model.layers model.moe model.decoder huggingface.folder huggingface.hub huggingface.opened
-    checkpoints pretraining sampling scoring training disk
+    model.shape model.layers model.moe model.decoder
+    sampling scoring
+    huggingface.families huggingface.tensors huggingface.folder huggingface.hub huggingface.opened
+    checkpoints training disk
+    miniature.world miniature.pretraining
     evaluation.judges evaluation.results evaluation.win_rates evaluation.summary
     stages.stage stages.answers stages.generate stages.sample stages.score stages.train stages.export stages.evaluate
     report.measures report.reading report.findings report.charts report.samples report.tables report.page
-    run.attempts run.opening run.loop run.single_stages plan cli
+    run.attempts run.opening run.loop run.single_stages
+    plan
+    cli.flags cli.run_commands cli.model_commands cli.main
 """.split()
 # The doors: `import sami_jax` and `python -m sami_jax` may know everything; the packages hold no code.
 DOORS = ["", "__main__"]
-PACKAGES = ["data", "model", "huggingface", "evaluation", "stages", "report", "run"]
+PACKAGES = ["config", "data", "model", "huggingface", "miniature", "evaluation", "stages", "report", "run", "cli"]
+
+# These may know the settings of a whole run; the others are handed a section or a value.
+KNOW_A_RUN = ("config.run", "stages.", "run.", "cli.", "plan", "report.")
+FILE_LINES, FUNCTION_LINES = 350, 80
 
 # What another training stack gets with losses.py.
 LOSS_IMPORTS = {"jax", "chex", "typing"} | set(sys.stdlib_module_names)
@@ -98,6 +110,28 @@ def backward_imports(sources: dict[str, str]) -> list[str]:
 def misplaced_modules(names: list[str]) -> list[str]:
     """Modules that ORDER does not mention."""
     return [name for name in names if name not in [*ORDER, *DOORS, *PACKAGES]]
+
+
+def too_long(source: str) -> list[str]:
+    """The functions, and the file itself, that nobody takes in at a glance."""
+    lines = source.count("\n")
+    wrong = [f"{lines} lines"] if lines > FILE_LINES else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            wrong += [f"{node.name}: {length} lines"] if length > FUNCTION_LINES else []
+    return wrong
+
+
+def knows_a_run(source: str) -> bool:
+    """Whether a module names the settings of a whole run."""
+    return any(
+        isinstance(node, ast.Name)
+        and node.id == "RunConfig"
+        or isinstance(node, ast.alias)
+        and node.name == "RunConfig"
+        for node in ast.walk(ast.parse(source))
+    )
 
 
 def missing_sentence(source: str) -> str | None:
@@ -196,6 +230,15 @@ def test_errors_are_not_swallowed(name: str):
     assert swallowed_errors(SOURCES[name]) == []
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_and_functions_are_short(name: str):
+    assert too_long(SOURCES[name]) == []
+
+
+def test_settings_are_handed_on_and_not_the_whole_config():
+    assert [name for name in SOURCES if knows_a_run(SOURCES[name]) and not name.startswith(KNOW_A_RUN)] == []
+
+
 class TestTheChecks:
     """Each check finds what is planted for it, and nothing else."""
 
@@ -207,9 +250,9 @@ class TestTheChecks:
             ("data.prompts", "from sami_jax.data.pairs import Pair", "data.pairs"),
             ("data.prompts", "from . import pairs", "data.pairs"),
             ("data.prompts", "from ..model import layers", "model.layers"),
-            ("model.config", "from sami_jax.model.decoder import Decoder", "model.decoder"),
+            ("model.shape", "from sami_jax.model.decoder import Decoder", "model.decoder"),
             ("scoring", "import sami_jax", "sami_jax"),
-            ("scoring", "import importlib\nimportlib.import_module('sami_jax.cli')", "cli"),
+            ("scoring", "import importlib\nimportlib.import_module('sami_jax.cli.main')", "cli.main"),
             ("scoring", "from sami_jax.scoring import f", "scoring"),
             ("data", "from sami_jax.data import pairs", "data.pairs"),
             ("data", "from . import pairs", "data.pairs"),
@@ -220,10 +263,22 @@ class TestTheChecks:
 
     def test_forward_imports_pass(self):
         source = (
-            "import jax\nfrom sami_jax.losses import sami_loss\nfrom sami_jax.model import layers\nfrom . import config"
+            "import jax\nfrom sami_jax.losses import sami_loss\nfrom sami_jax.model import layers\nfrom . import types"
         )
         assert backward_imports({"training": source}) == []
-        assert backward_imports({"": "from sami_jax import cli", "__main__": "from sami_jax.cli import main"}) == []
+        assert (
+            backward_imports({"": "from sami_jax.cli import main", "__main__": "from sami_jax.cli.main import main"})
+            == []
+        )
+
+    def test_too_long(self):
+        assert too_long("def f():\n" + "    x = 1\n" * 79) == [] and too_long("x = 1\n" * 350) == []
+        assert too_long("def f():\n    def g():\n" + "        x = 1\n" * 80) == ["f: 82 lines", "g: 81 lines"]
+        assert too_long("x = 1\n" * 351) == ["351 lines"]
+
+    @pytest.mark.parametrize("source", ["from sami_jax.config.run import RunConfig", "def f(config: RunConfig): ..."])
+    def test_knows_a_run(self, source: str):
+        assert knows_a_run(source) and not knows_a_run(source.replace("RunConfig", "TrainConfig"))
 
     def test_misplaced_modules(self):
         assert misplaced_modules(["losses", "utils", "data.misc"]) == ["utils", "data.misc"]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sami_jax.cli import main
-from sami_jax.config import describe_fields
+from sami_jax.cli.main import main
+from sami_jax.config.fields import describe_fields
+from sami_jax.config.run import RunConfig
 from sami_jax.files import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,8 +20,8 @@ COMMANDS = ("run", "pretrain", "generate", "score", "train", "evaluate", "report
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> pathlib.Path:
     """A random model of the miniature's kind, with its tokenizer."""
-    from sami_jax.config import PretrainingConfig
-    from sami_jax.pretraining import pretrain
+    from sami_jax.config.pretraining import PretrainingConfig
+    from sami_jax.miniature.pretraining import pretrain
 
     config = PretrainingConfig(
         cache_dir=str(tmp_path_factory.mktemp("base")),
@@ -81,7 +82,7 @@ def test_help_of_run_shows_every_setting_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     text = capsys.readouterr().out
-    for field, default, meaning in describe_fields():
+    for field, default, meaning in describe_fields(RunConfig):
         assert f"--{field} = {default}" in text and meaning in text
 
 
@@ -166,7 +167,7 @@ def test_help_shows_the_settings_that_are_read_and_no_others(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
     text = capsys.readouterr().out
-    shown = {field for field, _, _ in describe_fields() if f"--{field} = " in text}
+    shown = {field for field, _, _ in describe_fields(RunConfig) if f"--{field} = " in text}
     assert {f"config.{field}" for field in SETTINGS[name]} <= shown
     assert not shown & {"config.iterations", "config.queries.train", "config.filters.sentence_ends"}
     for field in shown:  # each is accepted, and the file is what the command stumbles on

@@ -10,12 +10,13 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from sami_jax.config import PRETRAINED, RunConfig, check_training, describe_fields, from_dict, load_config, to_dict
-from sami_jax.data import miniature
+from sami_jax.config.fields import describe_fields, to_dict
+from sami_jax.config.run import PRETRAINED, RunConfig, check_training, from_dict, load_config
 from sami_jax.errors import BadConfigError
 from sami_jax.huggingface.folder import read_config
+from sami_jax.miniature import world
+from sami_jax.miniature.pretraining import base_shape
 from sami_jax.model.decoder import abstract_params
-from sami_jax.pretraining import base_shape
 from sami_jax.sharding import AXES, make_mesh, param_shardings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -304,7 +305,7 @@ class TestConfigsOfTheRepository:
         # configs/ may not import sami_jax, so the prompt stands twice.
         for variant in ("", ":smoke"):
             prompts = load_config(str(ROOT / "configs/miniature.py") + variant).prompts
-            assert prompts.generation == prompts.training == miniature.PROMPT
+            assert prompts.generation == prompts.training == world.PROMPT
 
     def test_the_smoke_run_is_the_miniature_made_small(self):
         big, small = (load_config(str(ROOT / "configs/miniature.py") + variant) for variant in ("", ":smoke"))
@@ -318,7 +319,7 @@ class TestConfigsOfTheRepository:
 
 class TestHelp:
     def test_every_setting_has_a_name_a_default_and_a_meaning(self):
-        described = list(describe_fields())
+        described = list(describe_fields(RunConfig))
         names = [name for name, _, _ in described]
         flat = {
             f"config.{section}.{name}" if isinstance(value, dict) else f"config.{section}"
@@ -329,12 +330,12 @@ class TestHelp:
         assert [name for name, _, help_text in described if len(help_text.split()) < 2] == []
 
     def test_defaults_are_the_real_ones(self):
-        for name, default, _ in describe_fields():
+        for name, default, _ in describe_fields(RunConfig):
             value = to_dict(RunConfig())
             for part in name.split(".")[1:]:
                 value = value[part]
             assert default == repr(value), name
 
     def test_choices_are_shown(self):
-        help_texts = {name: help_text for name, _, help_text in describe_fields()}
+        help_texts = {name: help_text for name, _, help_text in describe_fields(RunConfig)}
         assert help_texts["config.train.optimizer"].endswith("(adamw | rmsprop)")

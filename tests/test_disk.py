@@ -2,7 +2,7 @@
 
 import pytest
 
-from sami_jax.config import TrainConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.disk import human, peak_bytes
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sami_jax.config import FiltersConfig
+from sami_jax.config.data import FiltersConfig
 from sami_jax.data.filters import REASONS, drop_reason
 
 

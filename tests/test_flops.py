@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
-from sami_jax.config import MeshConfig
+from sami_jax.config.mesh import MeshConfig
 from sami_jax.flops import count_flops
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.model.moe import blocked_mlp, mixed_experts, ragged_mlp

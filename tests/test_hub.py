@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from sami_jax.config import TrainConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.files import read_json, read_jsonl
+from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import save_model
 from sami_jax.huggingface.hub import fetch_model, model_name
-from sami_jax.model.config import config_to_huggingface
 from sami_jax.stages.export import model_card
 from tiny_models import random_params, tiny_config, write_tokenizer
 
@@ -30,7 +30,7 @@ FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
 COMMANDS = """
 import contextlib, io, json, sys, time
-from sami_jax.cli import main
+from sami_jax.cli.main import main
 
 results = []
 for words in json.load(sys.stdin):

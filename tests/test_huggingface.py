@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sami_jax.config import MeshConfig
+from sami_jax.config.mesh import MeshConfig
 from sami_jax.errors import BadDataError, NonFiniteError, SaveFailedError
+from sami_jax.huggingface.families import config_from_huggingface, config_to_huggingface
 from sami_jax.huggingface.folder import (
     SHARD_BYTES,
     load_params,
@@ -24,8 +25,8 @@ from sami_jax.huggingface.folder import (
     save_finetuned,
     save_model,
 )
-from sami_jax.model.config import DecoderConfig, RopeScaling, config_from_huggingface, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import load_float32, random_params, tiny_config, write_tokenizer
 

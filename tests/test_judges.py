@@ -3,11 +3,11 @@
 import pytest
 
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.miniature import MARKERS, PRINCIPLES, REPORTED, draw_queries, write_summary
 from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.judges import Verdict, check_judged, get_judge, judge_miniature
+from sami_jax.miniature.world import MARKERS, PRINCIPLES, REPORTED, draw_queries, write_summary
 
 [QUERY] = draw_queries(0, train=1, validation=0, test=0)["train"]
 BY_NAME = {p.name: p for p in PRINCIPLES}

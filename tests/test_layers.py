@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sami_jax.model.config import DecoderConfig, RopeScaling
 from sami_jax.model.decoder import Block
 from sami_jax.model.layers import MLP, Attention, LayerCache, attention, causal_mask, rms_norm, rope_frequencies, rotate
+from sami_jax.model.shape import DecoderConfig, RopeScaling
 from tiny_models import tiny_config
 
 FREQUENCIES = rope_frequencies(8, theta=50.0, scaling=None)

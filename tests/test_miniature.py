@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sami_jax.data import miniature
-from sami_jax.data.miniature import (
+from sami_jax.miniature import world
+from sami_jax.miniature.world import (
     MARKERS,
     NAMES,
     PRINCIPLES,
@@ -132,7 +132,7 @@ class TestQueries:
     def test_posts_that_are_drawn_again_are_left_out(self, monkeypatch):
         # A world with one of everything but names, verbs and objects has 16 x 16 x 2 posts for training.
         for name in ("RELATIONS", "TIMES", "MOODS", "WEATHERS", "TOPICS"):
-            monkeypatch.setattr(miniature, name, getattr(miniature, name)[:1])
+            monkeypatch.setattr(world, name, getattr(world, name)[:1])
         splits = draw_queries(0, train=300, validation=100, test=100)
         texts = [query.text for queries in splits.values() for query in queries]
         assert len(set(texts)) == len(texts) == 500
@@ -215,7 +215,7 @@ class TestCorpus:
             event = summary.split("news: ")[1].split(".")[0]
             assert post.startswith(f"My {event} ")
             if "Constitution" in prompt:
-                assert prompt.startswith(miniature.PROMPT.split("{constitution}")[0] + "1. ")
+                assert prompt.startswith(world.PROMPT.split("{constitution}")[0] + "1. ")
             else:
                 assert prompt == f"POST: {post}\n\nSummary:"
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ladder import rungs
-from sami_jax.config import MeshConfig, from_dict
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import from_dict
 from sami_jax.data.pairs import Pair
 from sami_jax.huggingface.folder import read_config
 from sami_jax.losses import sami_loss

@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 import multiprocess_worker as worker
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import MeshConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import read_config, save_finetuned, save_model
-from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import make_mesh, param_shardings
 from tiny_models import FAMILIES, random_params, write_tokenizer
 

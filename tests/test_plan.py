@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from sami_jax.config import MeshConfig, RunConfig, SamplingConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.plan import Program, compile_programs
 from tiny_models import tiny_config

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 
 import doubles
-from sami_jax.config import PretrainingConfig, to_dict
-from sami_jax.data import miniature
+from sami_jax.config.fields import to_dict
+from sami_jax.config.pretraining import PretrainingConfig
 from sami_jax.errors import StoppedError
 from sami_jax.files import file_hash, read_json, read_log
-from sami_jax.model.decoder import abstract_params, init_params
-from sami_jax.pretraining import (
+from sami_jax.miniature import world
+from sami_jax.miniature.pretraining import (
     BASE_VERSION,
     base_shape,
     muon_dimensions,
@@ -36,6 +36,7 @@ from sami_jax.pretraining import (
     pretraining_optimizer,
     weighted_cross_entropy,
 )
+from sami_jax.model.decoder import abstract_params, init_params
 from sami_jax.seeds import jax_key
 from sami_jax.types import Array, Params
 
@@ -211,8 +212,8 @@ class TestOptimizer:
 KILLED = """
 import itertools, json, os, signal, sys
 
-from sami_jax.config import PretrainingConfig
-from sami_jax.pretraining import pretrain
+from sami_jax.config.pretraining import PretrainingConfig
+from sami_jax.miniature.pretraining import pretrain
 
 config, moment = PretrainingConfig(**json.loads(sys.argv[1])), sys.argv[2]
 calls = itertools.count(1)
@@ -338,7 +339,7 @@ FIRST_AND_LAST_LOSS = (6.240674, 5.500989)
 @pytest.mark.slow
 def test_other_weights_or_data_of_the_same_settings_want_another_base_version(whole):
     assert BASE_VERSION == 1
-    corpus = "\0".join(itertools.chain(*miniature.draw_corpus(TINY.seed, TINY.steps * TINY.batch_size)))
+    corpus = "\0".join(itertools.chain(*world.draw_corpus(TINY.seed, TINY.steps * TINY.batch_size)))
     found = {name: file_hash(whole / "data" / name) for name in DATA_SHA256 if name != "corpus"}
     assert found | {"corpus": hashlib.sha256(corpus.encode()).hexdigest()} == DATA_SHA256
     params = by_name(init_params(base_shape(TINY), jax_key(TINY.seed, "init")))
@@ -357,7 +358,7 @@ def other_version(library: str, name: str, version: Callable[[str], str] = impor
 
 def test_base_version_and_library_versions_name_the_folder(monkeypatch):
     names = [pretrained_folder(TINY)]
-    monkeypatch.setattr("sami_jax.pretraining.BASE_VERSION", BASE_VERSION + 1)
+    monkeypatch.setattr("sami_jax.miniature.pretraining.BASE_VERSION", BASE_VERSION + 1)
     names.append(pretrained_folder(TINY))
     for library in ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transformers", "pytest"):
         with monkeypatch.context() as patch:

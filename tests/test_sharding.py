@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import doubles
-from sami_jax.config import MeshConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.decoder import abstract_params, make_model
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import (
     AXES,

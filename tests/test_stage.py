@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sami_jax.config import RunConfig, SamplingConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
 from sami_jax.errors import BadConfigError, BadDataError, NonFiniteError, StoppedError
 from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.stage_folder import locked

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sami_jax.config import MeshConfig, RunConfig, from_dict, to_dict
+from sami_jax.config.fields import to_dict
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig, from_dict
 from sami_jax.data.pairs import read_pairs
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.errors import BadConfigError, BadDataError, SaveFailedError, StoppedError
+from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import folder_hash, read_config, save_model
 from sami_jax.huggingface.opened import load_model, open_model
-from sami_jax.model.config import DecoderConfig, config_to_huggingface
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.run.loop import run
 from sami_jax.run.single_stages import evaluate_folder, score_file, train_folder
 from sami_jax.stages.answers import check_prompts, respond

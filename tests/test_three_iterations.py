@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sami_jax.config import RunConfig
+from sami_jax.config.run import RunConfig
 from sami_jax.data.prompts import render
 from sami_jax.errors import BadDataError
 from sami_jax.files import read_json, read_jsonl

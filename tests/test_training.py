@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import doubles
-from sami_jax.config import TrainConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.scoring import make_batch
 from sami_jax.training import (
     TrainState,

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sami_jax.huggingface.folder import load_params
-from sami_jax.model.config import DecoderConfig, RopeScaling
 from sami_jax.model.decoder import abstract_params
+from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Params
 
 KINDS = ("byte_level", "metaspace", "mistral")

@@ -3,9 +3,9 @@
 import json
 import pathlib
 
-from sami_jax.config import RunConfig, from_dict
+from sami_jax.config.run import RunConfig, from_dict
+from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import save_model
-from sami_jax.model.config import config_to_huggingface
 from tiny_models import random_params, tiny_config, write_tokenizer
 
 LEARNING_RATE = 0.01  # of single AdamW steps: each weight moves by about so much, and what is sampled changes

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from sami_jax.config import FiltersConfig
+from sami_jax.config.data import FiltersConfig
 
 
 class Sampled(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sami_jax.config import ConstitutionsConfig
+from sami_jax.config.data import ConstitutionsConfig
 from sami_jax.data.constitutions import Constitution, draw_constitutions
 from sami_jax.data.principles import Principle
 from sami_jax.data.prompts import render

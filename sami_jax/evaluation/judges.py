@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from sami_jax.data import miniature
 from sami_jax.data.constitutions import Constitution
 from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadDataError
+from sami_jax.miniature import world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def judge_miniature(query: Query, constitution: Constitution, response: str) -> 
       BadDataError: the query has no facts of that world.
     """
     try:
-        reading = miniature.read_summary(response, query.facts)
+        reading = world.read_summary(response, query.facts)
     except KeyError as missing:
         raise BadDataError(
             f"Query {query.example_id!r} has no fact {missing}, so the miniature judge cannot read its summary; "
@@ -72,10 +72,10 @@ def check_judged(name: str, queries: Sequence[Query], principles: Sequence[Princ
         return
     remedy = "so the miniature judge cannot read its summaries; set config.evaluation.judge=none for other data."
     for query in queries:
-        if missing := [fact for fact in miniature.REPORTED if fact not in query.facts]:
+        if missing := [fact for fact in world.REPORTED if fact not in query.facts]:
             raise BadDataError(f"Query {query.example_id!r} has no fact {missing[0]!r}, {remedy}")
     for principle in principles:
-        if principle.name not in miniature.MARKERS:
+        if principle.name not in world.MARKERS:
             raise BadDataError(f"The principle {principle.name!r} is none of the miniature world's, {remedy}")
 
 

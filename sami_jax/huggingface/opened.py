@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sami_jax.config import MeshConfig
+from sami_jax.config.mesh import MeshConfig
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.huggingface.folder import load_params, read_config, read_end_ids

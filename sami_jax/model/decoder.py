@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import batch_sharding, param_shardings
 from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, ScoreFn
 

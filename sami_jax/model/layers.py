@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sami_jax.model.config import DecoderConfig, RopeScaling
+from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Array
 
 _INIT_STDDEV = 0.02  # Mistral's and Llama's initializer_range

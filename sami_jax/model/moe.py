@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from sami_jax.model.config import DecoderConfig
 from sami_jax.model.layers import weight
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import BATCH_AXES
 from sami_jax.types import Array
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sami_jax.config import RunConfig, check_training
+from sami_jax.config.run import RunConfig, check_training
 from sami_jax.files import append_jsonl
 from sami_jax.report.page import write_report
 from sami_jax.run.attempts import attempt, forgotten_if_refused, has_begun, time_now

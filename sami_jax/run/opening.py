@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sami_jax.config import PRETRAINED, RunConfig, from_dict, to_dict
+from sami_jax.config.fields import to_dict
+from sami_jax.config.run import PRETRAINED, RunConfig, from_dict
 from sami_jax.data.principles import learned, read_principles
 from sami_jax.data.queries import alternating_half, read_queries
 from sami_jax.data.tasks import Task
@@ -17,9 +18,9 @@ from sami_jax.files import content_hash, read_json, write_json
 from sami_jax.huggingface.folder import find_weights, read_config
 from sami_jax.huggingface.hub import fetch_model, model_name
 from sami_jax.huggingface.opened import open_model
-from sami_jax.model.config import DecoderConfig
+from sami_jax.miniature.pretraining import base_shape, pretrain
 from sami_jax.model.decoder import sharded_params
-from sami_jax.pretraining import base_shape, pretrain
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.run.attempts import time_now
 from sami_jax.safe_point import SafePoint
 from sami_jax.sharding import make_mesh

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sami_jax.config import RunConfig, check_training, from_dict
+from sami_jax.config.run import RunConfig, check_training, from_dict
 from sami_jax.data.pairs import read_entries
 from sami_jax.errors import BadDataError
 from sami_jax.files import append_jsonl, read_json

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from sami_jax.config import PromptsConfig, SamplingConfig
+from sami_jax.config.data import PromptsConfig
+from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.constitutions import Constitution
 from sami_jax.data.pairs import Pair
 from sami_jax.data.prompts import render

@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sami_jax.config import ConstitutionsConfig, EvaluationConfig, MeshConfig, PromptsConfig, RunConfig, SamplingConfig
+from sami_jax.config.data import ConstitutionsConfig, PromptsConfig
+from sami_jax.config.evaluation import EvaluationConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.principles import Principle, learned, read_principles
 from sami_jax.data.queries import read_queries
 from sami_jax.data.tasks import Task, draw_task

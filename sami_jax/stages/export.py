@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import MeshConfig, RunConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadDataError, SaveFailedError
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.hub import model_name

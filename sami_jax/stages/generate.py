@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sami_jax.config import MeshConfig, RunConfig, SamplingConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.files import read_jsonl
 from sami_jax.huggingface.opened import open_model

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sami_jax.config import ConstitutionsConfig, FiltersConfig, MeshConfig, PromptsConfig, RunConfig, SamplingConfig
+from sami_jax.config.data import ConstitutionsConfig, FiltersConfig, PromptsConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.filters import REASONS, drop_reason
 from sami_jax.data.pairs import Pair, write_pairs
 from sami_jax.data.principles import Principle, learned, read_principles

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sami_jax.config import MeshConfig, RunConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.data.pairs import Pair, read_pairs
 from sami_jax.errors import NonFiniteError, enough_memory
 from sami_jax.evaluation.summary import query_mi_nats

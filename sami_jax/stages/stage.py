@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sami_jax import stage_folder
-from sami_jax.config import to_dict
+from sami_jax.config.fields import to_dict
 from sami_jax.files import building, file_hash, read_json, read_jsonl, write_jsonl
 from sami_jax.huggingface.folder import folder_hash, read_config
 from sami_jax.outputs import is_stream

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from sami_jax.checkpoints import Checkpoints, fingerprint
-from sami_jax.config import MeshConfig, RunConfig, TrainConfig
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig
+from sami_jax.config.training import TrainConfig
 from sami_jax.data.pairs import Pair, read_pairs
 from sami_jax.errors import BadDataError, NonFiniteError, enough_memory
 from sami_jax.files import write_json

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import doubles
 from ladder import rungs
-from sami_jax.config import from_dict
+from sami_jax.config.run import from_dict
 from sami_jax.huggingface.folder import read_config, save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.losses import sami_loss

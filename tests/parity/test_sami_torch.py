@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sami_jax.config import RunConfig, from_dict
+from sami_jax.config.run import RunConfig, from_dict
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.run.single_stages import score_file, train_folder
 from sami_jax.training import query_indices

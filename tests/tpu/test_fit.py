@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-from sami_jax.config import MeshConfig, RunConfig, TrainConfig, load_config
+from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.run import RunConfig, load_config
+from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.huggingface.folder import read_config
 from sami_jax.plan import GIB, HBM_GIB, compile_programs, topology_devices

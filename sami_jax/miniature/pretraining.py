@@ -14,15 +14,17 @@ import numpy as np
 import optax
 
 from sami_jax.checkpoints import Checkpoints
-from sami_jax.config import PretrainingConfig, to_dict
-from sami_jax.data import miniature
+from sami_jax.config.fields import to_dict
+from sami_jax.config.pretraining import PretrainingConfig
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import NonFiniteError
 from sami_jax.files import append_jsonl, content_hash, read_log, write_json, write_jsonl
+from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import save_model
 from sami_jax.losses import token_logps
-from sami_jax.model.config import DecoderConfig, config_to_huggingface
+from sami_jax.miniature import world
 from sami_jax.model.decoder import init_params, make_model
+from sami_jax.model.shape import DecoderConfig
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import jax_key
@@ -146,7 +148,7 @@ def muon_dimensions(params: Params) -> Params:
 
 
 def _make(config: PretrainingConfig, folder: Path, safe_point: SafePoint) -> None:
-    documents = list(miniature.draw_corpus(config.seed, config.steps * config.batch_size))
+    documents = list(world.draw_corpus(config.seed, config.steps * config.batch_size))
     tokenizer = _train_tokenizer(documents, config, folder / "tokenizer")
     shape = base_shape(config)
     bos, eos = tokenizer.prompt_ids(BOS)[0], tokenizer.end_id()
@@ -163,12 +165,12 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: SafePoint) -> Non
         tokenizer_folder=folder / "tokenizer",
         card=_CARD.format(config=json.dumps(_without_place(config), indent=1)),
     )
-    splits = miniature.draw_queries(
+    splits = world.draw_queries(
         config.seed, train=config.train_queries, validation=config.validation_queries, test=config.test_queries
     )
     for split, queries in splits.items():
         write_jsonl(folder / "data" / f"{split}.jsonl", [dataclasses.asdict(query) for query in queries])
-    principles = [dataclasses.asdict(p) for p in miniature.draw_principles(config.seed)]
+    principles = [dataclasses.asdict(p) for p in world.draw_principles(config.seed)]
     write_json(folder / "data" / "principles.json", principles)
     counts = {"documents": len(documents), "steps": config.steps}
     seal(folder, inputs=_without_place(config), counts=counts, outside="checkpoints")

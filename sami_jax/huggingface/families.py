@@ -1,10 +1,14 @@
-"""The shape of a decoder, read from and written to a Hugging Face config.json."""
+"""The model families, each in one place: its config.json, what is refused of it, and the names of its tensors."""
 
-import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sami_jax.errors import BadDataError
+from sami_jax.model.shape import DecoderConfig, RopeScaling
 
 
 class _Family(NamedTuple):
@@ -40,75 +44,60 @@ _LLAMA3_KEYS = {
     "original_positions": "original_max_position_embeddings",
 }
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's rotary frequencies for contexts longer than those of pretraining (`rope_type` "llama3").
-
-    Attributes:
-      factor: what the frequencies of the longest waves are divided by.
-      low_freq_factor: waves longer than original_positions / low_freq_factor are divided by `factor`.
-      high_freq_factor: waves shorter than original_positions / high_freq_factor stay; between the two it is a blend.
-      original_positions: longest sequence of pretraining, in tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
+LeafPath = tuple[str, ...]  # the way to a leaf of our params
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """A decoder of the Llama, Mistral or Mixtral family.
+class StoredLeaf(NamedTuple):
+    """How one leaf of our params is stored on the Hub.
 
     Attributes:
-      model_type: "llama", "mistral" or "mixtral", as config.json says it.
-      vocab_size: V.
-      embed_dim: D.
-      n_layers: L.
-      n_heads: N.
-      n_kv_heads: K; N is a multiple of it.
-      head_dim: H.
-      mlp_dim: F; with experts, of each.
-      n_experts: E, or None for one dense MLP.
-      experts_per_token: experts that a token is sent to, or None.
-      max_positions: longest sequence, in tokens.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: how they are stretched, or None.
-      norm_eps: added to the mean square in RMSNorm.
-      sliding_window: tokens a query sees, itself included; None for all.
-      tied_embeddings: the output head is the embedding.
+      name: of its tensors; {layer} and {expert} are filled in, one tensor each.
+      inputs: leading axes of a slice that a matmul multiplies away, or None where it is stored as it is. A Hub matrix
+        is [out, in]; ours keeps the heads apart: [in..., out...].
     """
 
-    model_type: str
-    vocab_size: int
-    embed_dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    n_experts: int | None
-    experts_per_token: int | None
-    max_positions: int
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    norm_eps: float
-    sliding_window: int | None
-    tied_embeddings: bool
+    name: str
+    inputs: int | None = None
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) in (int, float) and value <= 0:
-                raise BadDataError(f"The model's {field.name} is {value}; it must be positive.")
-        if self.n_heads % self.n_kv_heads:
-            raise BadDataError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads evenly.")
-        if self.head_dim % 2:
-            raise BadDataError(f"head_dim is {self.head_dim}, but rotary positions need an even one.")
-        if (self.n_experts or 0) < (self.experts_per_token or 0):
-            raise BadDataError(f"A token cannot be sent to {self.experts_per_token} of {self.n_experts} experts.")
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor that holds a slice of this shape."""
+        n = self.inputs
+        return shape if n is None else (math.prod(shape[n:]), math.prod(shape[:n]))
+
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        """A slice as its tensor is stored."""
+        n = self.inputs
+        if n is None:
+            return array
+        return array.transpose(*range(n, array.ndim), *range(n)).reshape(self.stored_shape(array.shape))
+
+
+_LAYER = "model.layers.{layer}."
+MOE, _EXPERT = _LAYER + "block_sparse_moe.", _LAYER + "block_sparse_moe.experts.{expert}."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LEAVES: dict[LeafPath, StoredLeaf] = {
+    ("embedding",): StoredLeaf(EMBEDDING),
+    ("blocks", "attention_norm"): StoredLeaf(_LAYER + "input_layernorm.weight"),
+    ("blocks", "attention", "query"): StoredLeaf(_LAYER + "self_attn.q_proj.weight", 1),
+    ("blocks", "attention", "key"): StoredLeaf(_LAYER + "self_attn.k_proj.weight", 1),
+    ("blocks", "attention", "value"): StoredLeaf(_LAYER + "self_attn.v_proj.weight", 1),
+    ("blocks", "attention", "out"): StoredLeaf(_LAYER + "self_attn.o_proj.weight", 2),
+    ("blocks", "mlp_norm"): StoredLeaf(_LAYER + "post_attention_layernorm.weight"),
+    ("blocks", "mlp", "gate"): StoredLeaf(_LAYER + "mlp.gate_proj.weight", 1),
+    ("blocks", "mlp", "up"): StoredLeaf(_LAYER + "mlp.up_proj.weight", 1),
+    ("blocks", "mlp", "down"): StoredLeaf(_LAYER + "mlp.down_proj.weight", 1),
+    ("final_norm",): StoredLeaf("model.norm.weight"),
+    ("head",): StoredLeaf(HEAD, 1),
+}
+_EXPERT_LEAVES: dict[LeafPath, StoredLeaf] = {
+    ("blocks", "mlp", "router"): StoredLeaf(MOE + "gate.weight", 1),
+    ("blocks", "mlp", "gate"): StoredLeaf(_EXPERT + "w1.weight", 1),
+    ("blocks", "mlp", "up"): StoredLeaf(_EXPERT + "w3.weight", 1),
+    ("blocks", "mlp", "down"): StoredLeaf(_EXPERT + "w2.weight", 1),
+}
+# Written by old transformers, recomputed from config.json. Masks are booleans, whatever their names.
+BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+VALUE_HEADS = ("v_head.", "value_head.", "reward_head.", "score.")  # of TRL, of transformers' sequence classification
 
 
 def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> DecoderConfig:
@@ -238,3 +227,18 @@ def config_to_huggingface(config: DecoderConfig, *, bos_token_id: int | None, eo
     if config.n_experts is not None:
         keys |= {"num_local_experts": config.n_experts, "num_experts_per_tok": config.experts_per_token}
     return keys
+
+
+def stored_leaf(path: LeafPath, config: DecoderConfig) -> StoredLeaf:
+    return (_LEAVES if config.n_experts is None else _LEAVES | _EXPERT_LEAVES)[path]
+
+
+def tensor_names(path: LeafPath, config: DecoderConfig) -> dict[tuple[int, ...], str]:
+    """Index into the leaf's leading axes -> the name of the tensor that is there."""
+    template = stored_leaf(path, config).name
+    if "{expert}" in template:
+        indices = itertools.product(range(config.n_layers), range(config.n_experts or 0))
+        return {(layer, expert): template.format(layer=layer, expert=expert) for layer, expert in indices}
+    if "{layer}" in template:
+        return {(layer,): template.format(layer=layer) for layer in range(config.n_layers)}
+    return {(): template}

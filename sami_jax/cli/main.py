@@ -1,0 +1,53 @@
+"""The command line: `sami <command>`, also `python -m sami_jax`."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sami_jax.cli.flags import EXIT_CODES, Parser, overrides_of, refuse_unread
+from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
+from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
+from sami_jax.errors import ExitCode, SamiError, exit_code, is_out_of_memory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code (see `errors.ExitCode`)."""
+    parser = _build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        known.config_overrides = overrides_of(rest, parser)
+        refuse_unread(known)
+        known.function(known)
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            sentence = "interrupted."
+        elif isinstance(error, OSError):
+            sentence = f"{error}."
+        elif is_out_of_memory(error) and not isinstance(error, SamiError):
+            reason = str(error).partition("\n")[0]
+            sentence = (
+                f"out of memory ({reason}): take more devices by config.mesh.fsdp, or a machine with more memory."
+            )
+        elif not isinstance(error, SamiError):
+            traceback.print_exc()
+            sentence = "this is a defect of sami_jax; please report the lines above."
+        print(f"sami {known.command}: {sentence}", file=sys.stderr, flush=True)
+        return int(exit_code(error))
+    return ExitCode.DONE
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="sami", description=__doc__ + " SAMI: arXiv:2404.14313.", epilog=EXIT_CODES, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    for add in (add_run, add_pretrain, add_generate, add_score, add_train, add_evaluate, add_report, add_export):
+        add(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The settings of what is asked: queries, constitutions, prompts, and which answers are kept."""
+
+import dataclasses
+
+from sami_jax.config.fields import setting
+from sami_jax.errors import BadConfigError
+from sami_jax.types import Boundary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """Where queries come from: JSON lines of example_id, text, and optionally facts for a judge."""
+
+    train: str = setting(
+        "", "file of training queries; its alternating halves serve odd and even iterations", path=True
+    )
+    evaluation: str = setting("", "file of evaluation queries", path=True)
+    evaluation_count: int = setting(250, "evaluate on the first so many queries", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstitutionsConfig:
+    """How the contrasting constitutions of a query are drawn."""
+
+    principles: str = setting("", "JSON file of principles (name, definition, antithesis, held_out)", path=True)
+    count: int = setting(2, "C, contrasting constitutions per query", at_least=2)
+    principles_per_query: int = setting(2, "principles in each constitution", at_least=1)
+    pairing: str = setting(
+        "symmetric",
+        "symmetric: any sign patterns that differ; authors: the first has all definitions",
+        choices=("symmetric", "authors"),
+    )
+    reshuffle: bool = setting(True, "shuffle the principles' order again in the training prompt")
+
+    def __post_init__(self) -> None:
+        if self.principles_per_query > 16:  # each query's draw goes through all sign patterns, 65536 of them
+            raise BadConfigError(
+                f"config.constitutions.principles_per_query is {self.principles_per_query}; it must be at most 16."
+            )
+        if self.count > 2**self.principles_per_query:
+            raise BadConfigError(
+                f"config.constitutions.count is {self.count}, but {self.principles_per_query} principles per query "
+                f"have {2**self.principles_per_query} sign patterns; lower it, or raise "
+                "config.constitutions.principles_per_query."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Templates with the places {constitution} and {query}."""
+
+    generation: str = setting("{constitution}\n\n{query}\n\n", "prompt the model samples from")
+    training: str = setting("{constitution}\n\n{query}\n\n", "prompt it is trained and scored on")
+    boundary: Boundary = setting(
+        "exact",
+        "where a response begins; exact: as it was sampled, so both prompts must end in the same white space; authors: "
+        "the training prompt and the response are tokenised as one text, without a space between them",
+        choices=("exact", "authors"),
+    )
+
+    def __post_init__(self) -> None:
+        templates = {"generation": self.generation, "training": self.training}
+        for name, template in templates.items():
+            for place in _PLACES:
+                if template.count(place) != 1:
+                    raise BadConfigError(f"config.prompts.{name} must contain {place} exactly once.")
+        generation, training = map(_ending, templates.values())
+        if self.boundary == "exact" and generation != training:
+            raise BadConfigError(
+                f"config.prompts.generation ends in {generation!r}, but config.prompts.training in {training!r}: the "
+                "model would be trained on a boundary that it never sampled. End both alike, or set "
+                "config.prompts.boundary=authors."
+            )
+
+
+_PLACES = ("{constitution}", "{query}")
+
+
+def _ending(template: str) -> str:
+    """The template's last white space, with the place before it if one stands there, since its text may end in more."""
+    text = template.rstrip()
+    place = next((place for place in _PLACES if text.endswith(place)), "")
+    return place + template[len(text) :]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiltersConfig:
+    """Which sampled queries are kept; every drop is counted under its reason."""
+
+    placeholders: tuple[str, ...] = setting(("[", "]", "Response"), "texts that mark a malformed response")
+    sentence_ends: str = setting(".!?", "characters a finished response may end with")
