@@ -49,7 +49,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState) -> None:
-        """Saves, and returns when it is on disk: a failed asynchronous save would otherwise stay silent.
+        """Saves the state, and returns when it is on disk. A failed asynchronous save would stay silent.
 
         Raises:
           SaveFailedError: the disk is full or not writable.
@@ -130,7 +130,7 @@ class Checkpoints:
 
 
 def _is_no_damage(error: Exception) -> bool:
-    """A disk that fails or memory that runs out, which says nothing of the checkpoint."""
+    """Whether an error says nothing of the checkpoint: the disk failed, or memory ran out."""
     failing_disk = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
     return failing_disk or is_out_of_memory(error)
 
@@ -138,12 +138,12 @@ def _is_no_damage(error: Exception) -> bool:
 def fingerprint(tree: Any) -> str:
     """16 hex digits that change with any bit of any leaf, and with no sharding.
 
-    Every element's bits are mixed with its place and summed as integers mod 2^32, twice; integer sums have no order.
+    Every element's bits are mixed with its position and summed as integers mod 2^32, twice; integer sums have no order.
     """
     total = [0, 0]
-    for place, pair in enumerate(jax.device_get(_fingerprints(jax.tree.leaves(tree))), start=1):
+    for number, pair in enumerate(jax.device_get(_fingerprints(jax.tree.leaves(tree))), start=1):
         for i in range(2):
-            total[i] = (total[i] * 31 + int(pair[i]) * (2 * place + 1)) % 2**32
+            total[i] = (total[i] * 31 + int(pair[i]) * (2 * number + 1)) % 2**32
     return f"{total[0]:08x}{total[1]:08x}"
 
 
@@ -158,12 +158,12 @@ def _leaf_fingerprint(leaf: Array) -> tuple[Array, Array]:
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)
     bits = bits.astype(jnp.uint32)
     # Mod 2^32, counted along each axis: a reshape would gather a sharded leaf whole on every device.
-    place = jnp.zeros(leaf.shape, jnp.uint32)
+    position = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
 
     def mixed(multiplier: int, odd: int) -> Array:
-        weight = (place * jnp.uint32(multiplier) + jnp.uint32(odd)) | jnp.uint32(1)
+        weight = (position * jnp.uint32(multiplier) + jnp.uint32(odd)) | jnp.uint32(1)
         word = bits ^ (bits >> jnp.uint32(15))
         return jnp.sum(word * weight, dtype=jnp.uint32)
 

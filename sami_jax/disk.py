@@ -1,4 +1,4 @@
-"""How much disk a run will take, known before it takes any."""
+"""The disk space that a run needs, known before it takes any."""
 
 import math
 import shutil
@@ -19,7 +19,7 @@ from sami_jax.training import abstract_state, make_optimizer
 
 
 def check_disk(workdir: Path, train: TrainConfig, *, iterations: int, shape: DecoderConfig, mesh: Mesh) -> str | None:
-    """How much more a run directory will hold at its fullest, in a sentence; None where nothing is to be trained.
+    """Says in a sentence how much more a run directory will hold at its fullest; None where nothing is left to train.
 
     Checkpoints and exports are counted, beside which samples and evaluations are small. A base that is still to be
     pretrained lies elsewhere.
@@ -36,16 +36,16 @@ def check_disk(workdir: Path, train: TrainConfig, *, iterations: int, shape: Dec
       SaveFailedError: less is free.
     """
     folders = [workdir / f"iter_{iteration:03d}" for iteration in range(1, iterations + 1)]
-    steps = [n for n, folder in zip(train.steps, folders, strict=False) if not _exported(folder)]
+    steps = [n for n, folder in zip(train.steps, folders, strict=False) if not _is_exported(folder)]
     if not steps:
         return None
     params = sharded_params(shape, mesh, train.weights_dtype)
-    state = _size(abstract_state(params, make_optimizer(train)))
-    # Of the iteration that was interrupted some is there already.
-    there = sum(_found(folder / "train" / "checkpoints") for folder in folders if not _exported(folder))
-    needed = max(0, peak_bytes(train, steps, state=state, weights=_size(params)) - there)
+    state = _bytes_of(abstract_state(params, make_optimizer(train)))
+    # An interrupted iteration has some of its checkpoints already.
+    there = sum(_bytes_in(folder / "train" / "checkpoints") for folder in folders if not _is_exported(folder))
+    needed = max(0, peak_bytes(train, steps, state=state, weights=_bytes_of(params)) - there)
     free = shutil.disk_usage(workdir).free
-    parts = f"a checkpoint takes {human(state)}, an exported model {human(_size(params))}"
+    parts = f"a checkpoint takes {human(state)}, an exported model {human(_bytes_of(params))}"
     if needed > free:
         keep = " set config.train.keep_checkpoints=false," if train.keep_checkpoints else ""
         raise SaveFailedError(
@@ -56,7 +56,7 @@ def check_disk(workdir: Path, train: TrainConfig, *, iterations: int, shape: Dec
 
 
 def peak_bytes(train: TrainConfig, steps: Sequence[int], *, state: int, weights: int) -> int:
-    """What checkpoints and exports of some iterations take together, at the moment at which it is most.
+    """Most bytes that checkpoints and exports of some iterations take at one time.
 
     Args:
       train: the settings.
@@ -75,17 +75,17 @@ def peak_bytes(train: TrainConfig, steps: Sequence[int], *, state: int, weights:
 
 
 def human(size: int) -> str:
-    """`1.5 GB`; 1 GB is 10^9 bytes."""
+    """A size for people: `1.5 GB`, where 1 GB is 10^9 bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _size(specs: Any) -> int:
+def _bytes_of(specs: Any) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
 
 
-def _exported(folder: Path) -> bool:
+def _is_exported(folder: Path) -> bool:
     return (folder / "export" / DONE).is_file()
 
 
-def _found(folder: Path) -> int:
+def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class ExitCode(enum.IntEnum):
-    """What a supervisor may do next stands in docs/run_directory.md."""
+    """The codes that commands end with; docs/run_directory.md says what a supervisor may do after each."""
 
     DONE = 0
     USAGE = 64
@@ -75,7 +75,7 @@ class StoppedError(SamiError):
 
 
 def exit_code(error: BaseException) -> ExitCode:
-    """With which code a command ends that `error` ended."""
+    """Returns the exit code of a command that failed with `error`."""
     if isinstance(error, SamiError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -84,13 +84,13 @@ def exit_code(error: BaseException) -> ExitCode:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the host (Python, numpy) or of a device (XLA) ran out."""
+    """Whether `error` says that memory ran out: the host's (Python, numpy) or a device's (XLA)."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def enough_memory(work: str, *remedies: str) -> Iterator[None]:
-    """Says what helps where the block runs out of memory.
+    """Turns running out of memory inside the block into a sentence that says what helps.
 
     Args:
       work: what the block does, as in "sampling 128 rows".
@@ -109,7 +109,7 @@ def enough_memory(work: str, *remedies: str) -> Iterator[None]:
 
 
 def _how_much(error: BaseException) -> str:
-    """What XLA (TPU; CPU and GPU) and numpy tell of the memory that was missing."""
+    """Returns how much memory was missing, as far as XLA (on TPU; on CPU and GPU) or numpy says it, else ""."""
     text = str(error)
     if used := re.search(r"Used (\S+) of (\S+) hbm", text):
         return f" (it takes {used[1]} of a device's {used[2]})"

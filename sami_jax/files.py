@@ -46,7 +46,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
 
     A link stays, and what it leads to is replaced. A device or a pipe is written to.
 
@@ -79,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place, flushed to disk, when the block ends well, and vanishes if not.
+    """A folder beside `folder` that replaces it, flushed to disk, when the block ends well, and vanishes if not.
 
     What a killed process left of it is removed first.
 
@@ -167,7 +167,7 @@ def read_jsonl(path: Path) -> list[Any]:
 def read_log(path: Path) -> list[Any]:
     """Reads an append-only log; a torn line (a kill while writing) is left out. A missing log is empty."""
     records = []
-    # A kill may tear a character, too; the line it stands in is no JSON then, whatever takes the character's place.
+    # A kill may tear a character, too; the line it stands in is no JSON then, whatever replaces the character.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(UnusableJsonError):
             if line.strip():

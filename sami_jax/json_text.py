@@ -11,7 +11,7 @@ DEEPEST = 100  # lists and objects inside one another; Python's own limit is low
 
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _NO_BRACKETS = re.compile(rf'{_STRING}|[^"\[\]{{}}]+', re.DOTALL)
-# What may be unusable although its syntax is right. Strings are matched whole, so that nothing inside them counts.
+# Tokens that may be unusable although their syntax is right. Strings match whole, so that nothing inside them counts.
 _SUSPECTS = re.compile(rf"{_STRING}|[\[\]{{}}]|-?(?:NaN|Infinity|\d[\d.]*+(?:[eE][-+]?\d+)?)", re.DOTALL)
 # A high surrogate without a low one behind it, or the other way round; a backslash in front may make it none.
 _LONE_SURROGATE = re.compile(
@@ -75,7 +75,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(text: str) -> int:
-    """How many lists and objects of a JSON text lie inside one another."""
+    """Depth of a JSON text: how many lists and objects lie inside one another."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return 0
     steps = (1 if bracket in "[{" else -1 for bracket in _NO_BRACKETS.sub("", text))

@@ -1,4 +1,4 @@
-"""Where results go: looked at before the work is done for them, and never replaced where it is more than a file."""
+"""Where results go: checked before the work, and replaced only where it is an ordinary file."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from sami_jax.errors import BadDataError, SaveFailedError
 
 
 def check_file(path: Path) -> None:
-    """Refuses a path that no file can be written to, before the work; nothing is left of the trial.
+    """Refuses a path that no file can be written to. Called before the work; the trial leaves nothing.
 
     Raises:
       BadDataError: it is a folder, a socket or a disk.
@@ -30,8 +30,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> Path:
-    """The folder behind any links, which is missing or empty, and can be put there as a whole; nothing is left of the
-    trial.
+    """Returns the folder behind any links. It is missing or empty, and a finished one can replace it.
 
     Raises:
       BadDataError: it is a file, or holds files.
@@ -66,11 +65,11 @@ def is_stream(path: Path) -> bool:
 
 
 def write_stream(path: Path, source: Path) -> None:
-    """Writes a file's bytes behind what a stream has got already."""
+    """Appends a file's bytes to what a stream has already got."""
     content = source.read_bytes()
     if os.path.samestat(path.stat(), os.fstat(1)):
         sys.stdout.flush()
-        descriptor = os.dup(1)  # its place in a file is that of whoever else prints there
+        descriptor = os.dup(1)  # its offset in a file is shared with whoever else prints there
     else:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     with os.fdopen(descriptor, "wb") as stream:
@@ -78,12 +77,12 @@ def write_stream(path: Path, source: Path) -> None:
 
 
 def could_not_be_written(path: Path, reason: object) -> SaveFailedError:
-    """What to say of it."""
+    """Returns the error for a path that could not be written."""
     return SaveFailedError(f"{path} could not be written ({reason}); free some space or choose another place.")
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether a link on the way lies in /proc: behind it is what a process has open, whatever its name says."""
+    """Whether the path leads through a link in /proc to something that a process has open."""
     step = Path(os.path.abspath(path))
     for _ in range(40):  # as many links as Linux follows
         step = Path(os.path.realpath(step.parent), step.name)

@@ -1,4 +1,4 @@
-"""What several processes do as one: where one of them fails, all do."""
+"""Steps that several processes take as one: where one of them fails, all do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from sami_jax.errors import SamiError, exit_code
 
 
 def is_writer() -> bool:
-    """Whether this is the one process that writes what all share."""
+    """Whether this process is the one that writes what all share."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """Waits at the end of the block until every process is there; what one of them raised in it, all raise.
+    """Waits at the end of the block for every process; an error that one of them raised inside, all raise.
 
     No process may wait for another inside the block: the one that failed would not come.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.data.tokenizer import Tokenizer
-from sami_jax.sharding import gather, padded_size, place
+from sami_jax.sharding import gather, padded_size, put_on_devices
 from sami_jax.types import Array, DecodeFn, Params
 
 _PIECES = 3  # tokens that may have to follow a piece of a character, which has up to four bytes
@@ -51,7 +51,7 @@ class Response:
 def greedy(
     decode: DecodeFn, params: Params, tokens: Array, lengths: Array, stop_mask: Array, *, max_new_tokens: int
 ) -> Samples:
-    """The most likely next token, over and over (temperature 0; ties go to the lower id).
+    """Samples the most likely next token, over and over (temperature 0; ties go to the lower id).
 
     Args:
       decode: the model.
@@ -134,7 +134,7 @@ def cut_response(ids: Sequence[int], tokenizer: Tokenizer, stops: Stops, *, stop
 
 
 def _tokens_inside(ids: list[int], kept: str, tokenizer: Tokenizer) -> int:
-    """How many of the ids, from the first on, spell a beginning of the text that is kept."""
+    """Number of leading ids whose text is a beginning of the kept text."""
 
     def length(count: int) -> int:
         """Characters up to the end of the one that token `count` is a piece of: unlike others, it never falls."""
@@ -183,8 +183,8 @@ def sample_responses(
     for row, ids in enumerate(padded):
         tokens[row, : len(ids)] = ids
     lengths = np.array([len(ids) for ids in padded], np.int32)
-    placed = place((tokens, lengths), sharding)
-    samples = gather(greedy(decode, params, *placed, stops.mask, max_new_tokens=max_new_tokens))
+    on_devices = put_on_devices((tokens, lengths), sharding)
+    samples = gather(greedy(decode, params, *on_devices, stops.mask, max_new_tokens=max_new_tokens))
     return [
         cut_response(
             samples.tokens[row, : samples.lengths[row]].tolist(), tokenizer, stops, stopped=bool(samples.stopped[row])

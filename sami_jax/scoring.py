@@ -11,7 +11,7 @@ import numpy as np
 
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sequence_logps, token_logps
-from sami_jax.sharding import gather, padded_size, place
+from sami_jax.sharding import gather, padded_size, put_on_devices
 from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, ScoreFn
 
 
@@ -43,7 +43,7 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
             response = (*ids, *ending)
             targets[b, r, : len(response)] = response
             target_mask[b, r, : len(response)] = True
-    # Still in the host's memory: whoever uses the batch says where it goes.
+    # The arrays stay in the host's memory: the caller knows the devices.
     return ContrastiveBatch(*cast(list[Array], [tokens, prompt_lengths, targets, target_mask]))
 
 
@@ -123,7 +123,7 @@ def score_pairs(
         width, response_width = batch_widths(chunk, round_to=round_to, eos_id=None)
         filled = chunk + [chunk[0]] * (rows - len(chunk))
         batch = make_batch(filled, width=width, response_width=response_width, eos_id=None)
-        logps = contrastive_logps(score, params, place(batch, sharding), normalize=normalize)
+        logps = contrastive_logps(score, params, put_on_devices(batch, sharding), normalize=normalize)
         matrices.append(gather(logps)[: len(chunk)])
         scored(start + len(chunk))
     return np.concatenate(matrices)

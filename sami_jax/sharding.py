@@ -15,7 +15,7 @@ from sami_jax.types import Params
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # examples are split over these
-# Every weight is shared by fsdp x expert x tensor devices, whatever its axes: none of any size is kept whole.
+# Every weight is split over fsdp x expert x tensor devices, whatever its axes: no device keeps a large one whole.
 RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
@@ -47,12 +47,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch's leading axis is split."""
+    """Number of parts that a batch's leading axis is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shared_rows(rows: int, mesh: Mesh) -> int:
-    """The least number of rows from `rows` on that the mesh shares evenly."""
+    """`rows` rounded up to a number that the mesh shares evenly."""
     shards = batch_shards(mesh)
     return -(-rows // shards) * shards
 
@@ -73,7 +73,7 @@ def more_devices(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -118,14 +118,14 @@ def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
 
 
 def device_bytes(specs: Any) -> int:
-    """What the tree's arrays, given by shape, dtype and sharding, take of one device's memory."""
+    """Bytes that the tree's arrays, given by shape, dtype and sharding, take on one device."""
     return sum(
         math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize for spec in jax.tree.leaves(specs)
     )
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """The tree's arrays on the devices, each leaf by its sharding (or all by one).
+def put_on_devices(tree: Any, shardings: Any) -> Any:
+    """Puts the tree's arrays on the devices, each leaf by its sharding (or all by one).
 
     Values in the host's memory must be the same in every process; JAX compares them, and raises where they are not.
     """
@@ -133,7 +133,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """The tree's arrays whole in the host's memory, whichever processes hold them; every process must call it."""
+    """Brings the tree's arrays whole into every host's memory, whoever holds their parts; all processes must call it."""
 
     def whole(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:

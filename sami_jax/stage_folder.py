@@ -20,14 +20,14 @@ DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises BadDataError where a folder holds files and is no stage's: they would become its outputs."""
+    """Raises BadDataError if a folder holds files that no stage wrote: they would become a stage's outputs."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if found - {LOCK} and not found & {PLAN, DONE} and not all(name.endswith(".tmp") for name in found - {LOCK}):
         raise BadDataError(f"{folder} already holds files; choose another folder, or delete it yourself.")
 
 
 def begin(folder: Path, *, inputs: Any) -> None:
-    """Opens a stage that is not complete: what an earlier attempt left is continued, if it had the same inputs.
+    """Opens the folder of a stage that is not complete, and goes on with what an attempt of the same inputs left there.
 
     Raises:
       BadConfigError: the folder holds the beginnings of other inputs.
@@ -94,13 +94,13 @@ def parts_folder(file: Path) -> Path:
 
 
 def refuse_foreign_file(file: Path) -> None:
-    """Raises BadDataError where a file stands that no stage made, or began to make: it would be replaced."""
+    """Raises BadDataError if a file exists that no stage made, or began to make: it would be replaced."""
     if file.is_file() and not _file_seal(file).is_file() and not (parts_folder(file) / PLAN).is_file():
         raise BadDataError(f"{file} already exists, and no such command made it; choose another, or delete it.")
 
 
 def seal_file(file: Path, *, inputs: Any, counts: Any) -> None:
-    """Keeps beside a file what it was made from, and its hash."""
+    """Writes down beside a file the hash of what it was made from, and its own."""
     write_json(_file_seal(file), _seal(inputs, counts, [_output(file, file.parent)]))
 
 
@@ -144,7 +144,7 @@ def read_done(folder: Path) -> dict[str, Any]:
 
 
 def check_sealed(path: Path) -> None:
-    """Refuses what a stage sealed and what has other bytes now; for whoever is about to use it.
+    """Refuses a sealed file whose bytes have changed since. Called before it is used.
 
     The bytes are hashed once in a process, and again only where a file's size or time has changed.
 
@@ -171,7 +171,7 @@ def _is_seal(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _check_output(folder: Path, done: dict[str, Any], output: dict[str, Any], *, unless_before_ns: int) -> None:
-    """Refuses a sealed file that is not as it was; its bytes are not read where its time lies before another one."""
+    """Refuses a sealed file that is not as it was. One that was modified before `unless_before_ns` is not read."""
     path = folder / output["path"]
     also = f" and {folder.parent / done['made_of']}, which it is made of," if "made_of" in done else ""
     remedy = (
@@ -192,10 +192,10 @@ def _hash_in_state(path: Path, size: int, modified_ns: int) -> str:
     return file_hash(path)
 
 
-def _other_inputs(place: Path) -> BadConfigError:
+def _other_inputs(path: Path) -> BadConfigError:
     return BadConfigError(
-        f"{place} was made from other inputs (config, data, or an earlier stage changed); "
-        "choose another place for the new ones, or delete this one to have it made anew."
+        f"{path} was made from other inputs (config, data, or an earlier stage changed); "
+        "choose another one for the new, or delete this one to have it made anew."
     )
 
 

@@ -19,7 +19,7 @@ from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn, TrainState
 
 
 class StepMetrics(NamedTuple):
-    """What one optimizer step saw; means over its Q queries, before the update.
+    """Measurements of one optimizer step: means over its Q queries, before the update.
 
     Attributes:
       loss: SAMI loss plus kl_beta * kl, nats.
@@ -73,7 +73,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shape, dtype and sharding of everything in the state: what belongs to a parameter lies where it does.
+    """Shape, dtype and sharding of every leaf of the state; the optimizer's are sharded like their parameter.
 
     Args:
       params: tree of `jax.ShapeDtypeStruct`, sharded over one mesh.
@@ -96,21 +96,21 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> T
 
 
 def pairs_needed(train: TrainConfig, iteration: int) -> int:
-    """How many pairs the steps of iteration 1, 2, ... need, so that each is used at most `train.passes` times."""
+    """Number of pairs that the steps of iteration 1, 2, ... need, so that each is used at most `train.passes` times."""
     return math.ceil(train.steps[iteration - 1] * train.queries_per_step / train.passes)
 
 
 def query_indices(n_pairs: int, step: int, *, seed: int, iteration: int, queries_per_step: int) -> list[int]:
-    """Which pairs step 0, 1, ... trains on: epochs of seeded permutations, one after another.
+    """Indices of the pairs that step 0, 1, ... trains on: epochs of seeded permutations, one after another.
 
     A pure function of its arguments, so that a resumed run sees the same queries in the same order.
     """
-    places = range(step * queries_per_step, (step + 1) * queries_per_step)
+    positions = range(step * queries_per_step, (step + 1) * queries_per_step)
     epochs = {
         epoch: generator(seed, "order", iteration, epoch).permutation(n_pairs)
-        for epoch in {place // n_pairs for place in places}
+        for epoch in {position // n_pairs for position in positions}
     }
-    return [int(epochs[place // n_pairs][place % n_pairs]) for place in places]
+    return [int(epochs[position // n_pairs][position % n_pairs]) for position in positions]
 
 
 def micro_batches(batch: ContrastiveBatch, queries: int) -> ContrastiveBatch:
@@ -132,7 +132,8 @@ def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
     rounded = []
     for i, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
         if key is not None and dtype == jnp.bfloat16:
-            # A bfloat16 is the upper half of a float32: what is added to the lower half carries as often as it should.
+            # A bfloat16 is the upper half of a float32. Noise added to the lower half carries into the upper one as
+            # often as the lower half is large.
             bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
             noise = jax.random.bits(jax.random.fold_in(key, i), leaf.shape, jnp.uint16).astype(jnp.uint32)
             noisy = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -147,9 +148,8 @@ class TrainStep:
     def __init__(self, step: Callable):
         @functools.lru_cache(maxsize=8)
         def compiled(structure: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
-            # Left to itself, the compiler splits the norms; the second step would then be another program than the
-            # first, and a resumed run, which starts with the norms whole, would round differently from one that was
-            # never stopped.
+            # Pin the output shardings. Otherwise XLA shards the replicated norm weights after step 1, and step 2, or a
+            # resumed run, is another program that rounds differently.
             return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
 
         self._compiled = compiled
@@ -178,58 +178,15 @@ def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> Tr
     config.weights says so: by `seed` and the step's number, the same on any mesh.
     """
     optimizer = make_optimizer(config)
-    stochastic = config.weights == "bfloat16_stochastic"
-
-    def micro_loss(params: Params, reference: Params, batch: ContrastiveBatch) -> tuple[Array, dict[str, Array]]:
-        logits = response_logits(score, params, batch)
-        logps = cell_logps(logits, batch, normalize=config.normalize)  # [m, C, R]
-        losses = jax.vmap(
-            functools.partial(
-                sami_loss,
-                over_responses_weight=config.over_responses_weight,
-                over_constitutions_weight=config.over_constitutions_weight,
-            )
-        )(logps)
-        accuracies = jax.vmap(contrast_accuracies)(logps)
-        kl = jnp.zeros(logps.shape[0], jnp.float32)
-        if config.kl_beta > 0:
-            kl = jax.vmap(_query_kl)(logits, response_logits(score, reference, batch), batch.target_mask)
-        seen = {
-            "over_responses": losses.over_responses,
-            "over_constitutions": losses.over_constitutions,
-            "mi_nats": jax.vmap(mi_lower_bound)(logps),
-            "accuracy_over_responses": accuracies.over_responses,
-            "accuracy_over_constitutions": accuracies.over_constitutions,
-            "mean_logp": jnp.mean(jnp.diagonal(logps, axis1=1, axis2=2), axis=1),
-            "kl": kl,
-            "query_losses": losses.loss,
-        }
-        return jnp.mean(losses.loss + config.kl_beta * kl), seen
 
     def step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
-        gradient_of = jax.value_and_grad(micro_loss, has_aux=True)
-        count = batch.tokens.shape[0]
-        key = jax.random.fold_in(jax_key(seed, "rounding"), state.step)
-
-        def rounded(tree: Any, like: Any, place: Array | int) -> Any:
-            return round_to_dtypes(tree, like, jax.random.fold_in(key, place) if stochastic else None)
-
-        def accumulate(total: tuple, micro: tuple[Array, ContrastiveBatch]) -> tuple[tuple, dict[str, Array]]:
-            number, batch = micro
-            (loss, seen), gradient = gradient_of(state.params, reference, batch)
-            sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
-            return (total[0] + loss, rounded(sums, total[1], number)), seen
-
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(count), batch))
-        loss, gradients = loss / count, jax.tree.map(lambda g: g / count, _float32(gradients))
+        rounding = _Rounding(jax.random.fold_in(jax_key(seed, "rounding"), state.step), config)
+        loss_of = functools.partial(_micro_loss, score=score, config=config)
+        loss, gradients, seen = _mean_gradient(loss_of, state.params, reference, batch, rounding)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its integer step count
-            params = _float32(state.params)
-            updates, opt_state = optimizer.update(gradients, _float32(state.opt_state), params)
-        updated = TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1)
-        updated = rounded(updated, state, count)
+        updated = _updated(state, gradients, optimizer)
+        updated = rounding.to_dtypes_of(state, updated, batch.tokens.shape[0])
         kept = jax.tree.map(functools.partial(jnp.where, finite), updated, state)
         query_losses = seen.pop("query_losses").reshape(-1)
         metrics = StepMetrics(
@@ -243,6 +200,73 @@ def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> Tr
         return kept, metrics
 
     return TrainStep(step)
+
+
+# [m, ...] queries -> [] mean loss, and what is logged of each query [m]
+def _micro_loss(
+    params: Params, reference: Params, batch: ContrastiveBatch, *, score: ScoreFn, config: TrainConfig
+) -> tuple[Array, dict[str, Array]]:
+    logits = response_logits(score, params, batch)  # [m, C, R, K, V]
+    logps = cell_logps(logits, batch, normalize=config.normalize)  # [m, C, R]
+    losses = jax.vmap(
+        functools.partial(
+            sami_loss,
+            over_responses_weight=config.over_responses_weight,
+            over_constitutions_weight=config.over_constitutions_weight,
+        )
+    )(logps)
+    accuracies = jax.vmap(contrast_accuracies)(logps)
+    kl = jnp.zeros(logps.shape[0], jnp.float32)
+    if config.kl_beta > 0:
+        kl = jax.vmap(_query_kl)(logits, response_logits(score, reference, batch), batch.target_mask)
+    seen = {
+        "over_responses": losses.over_responses,
+        "over_constitutions": losses.over_constitutions,
+        "mi_nats": jax.vmap(mi_lower_bound)(logps),
+        "accuracy_over_responses": accuracies.over_responses,
+        "accuracy_over_constitutions": accuracies.over_constitutions,
+        "mean_logp": jnp.mean(jnp.diagonal(logps, axis1=1, axis2=2), axis=1),
+        "kl": kl,
+        "query_losses": losses.loss,
+    }
+    return jnp.mean(losses.loss + config.kl_beta * kl), seen
+
+
+# [M, m, ...] micro-batches -> [] loss and float32 gradient of the mean over M x m queries, and what is logged [M, m]
+def _mean_gradient(
+    loss_of: Callable, params: Params, reference: Params, batch: ContrastiveBatch, rounding: "_Rounding"
+) -> tuple[Array, Params, dict[str, Array]]:
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    count = batch.tokens.shape[0]
+
+    def accumulate(total: tuple, micro: tuple[Array, ContrastiveBatch]) -> tuple[tuple, dict[str, Array]]:
+        number, batch = micro
+        (loss, seen), gradient = gradient_of(params, reference, batch)
+        sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
+        return (total[0] + loss, rounding.to_dtypes_of(total[1], sums, number)), seen
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(count), batch))
+    return loss / count, jax.tree.map(lambda g: g / count, _float32(gradients)), seen
+
+
+# gradient of a state's params -> the state after one update, in float32
+def _updated(state: TrainState, gradients: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its integer step count
+        params = _float32(state.params)
+        updates, opt_state = optimizer.update(gradients, _float32(state.opt_state), params)
+    return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1)
+
+
+class _Rounding:
+    """How the sums of one step are rounded: to the nearest, or stochastically, by the step's key."""
+
+    def __init__(self, key: Array, config: TrainConfig):
+        self._key, self._is_stochastic = key, config.weights == "bfloat16_stochastic"
+
+    def to_dtypes_of(self, like: Any, tree: Any, number: Array | int) -> Any:
+        """The tree in the dtypes of `like`; `number` tells the roundings of a step apart."""
+        return round_to_dtypes(tree, like, jax.random.fold_in(self._key, number) if self._is_stochastic else None)
 
 
 def _float32(tree: Any) -> Any:

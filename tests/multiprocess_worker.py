@@ -24,7 +24,7 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.scoring import make_batch
-from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, place
+from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_on_devices
 from sami_jax.stages.answers import respond
 from sami_jax.stages.export import convert
 from sami_jax.stages.score import Scoring, matrices
@@ -66,7 +66,7 @@ def way_through(
     shape = loaded.model.config
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
     at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
-    logits = jax.jit(loaded.model.score)(loaded.params, *place((tokens, at), batch_sharding(loaded.mesh)))
+    logits = jax.jit(loaded.model.score)(loaded.params, *put_on_devices((tokens, at), batch_sharding(loaded.mesh)))
     arrays = {"logits": gather(logits)}
     pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
     arrays["matrices"] = matrices(loaded, loaded.params, pairs, Scoring.of(config.train))
@@ -75,7 +75,7 @@ def way_through(
     state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)
     batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), QUERIES // 2)
-    batch = place(batch, micro_batch_sharding(loaded.mesh))
+    batch = put_on_devices(batch, micro_batch_sharding(loaded.mesh))
     state, metrics = make_train_step(loaded.model.score, config.train)(state, loaded.params, batch)
     arrays |= {f"metrics.{name}": gather(value) for name, value in metrics._asdict().items()}
     arrays |= named(gather(state))
@@ -129,7 +129,7 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
             meta = out / "checkpoints" / "step_00000001" / "meta" / "metadata"
             if process == 0:
                 meta.write_text(json.dumps({"fingerprint": "0" * 16}))
-            gather(place(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
+            gather(put_on_devices(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
             checkpoints.restore_latest(abstract_train_state(loaded, config.train))
 
     attempts: dict[str, Callable[[], Any]] = {
@@ -137,7 +137,7 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
         "folder taken": lambda: export(folder / "taken"),
         "model missing": lambda: load_model(folder / "nowhere" if process else model, config.mesh, "float32"),
         "damaged checkpoint": damaged_checkpoint,
-        "values differ": lambda: place(np.full(DEVICES, process), batch_sharding(loaded.mesh)),
+        "values differ": lambda: put_on_devices(np.full(DEVICES, process), batch_sharding(loaded.mesh)),
     }
     found = {}
     for name, attempt in attempts.items():

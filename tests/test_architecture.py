@@ -25,7 +25,8 @@ ORDER = """
     huggingface.families huggingface.tensors huggingface.folder huggingface.hub huggingface.opened
     checkpoints training disk
     miniature.world miniature.pretraining
-    evaluation.judges evaluation.results evaluation.win_rates evaluation.summary
+    evaluation.verdicts evaluation.miniature_judge evaluation.judge_by_name
+    evaluation.results evaluation.win_rates evaluation.summary
     stages.stage stages.answers stages.generate stages.sample stages.score stages.train stages.export stages.evaluate
     report.measures report.reading report.findings report.charts report.samples report.tables report.page
     run.attempts run.opening run.loop run.single_stages

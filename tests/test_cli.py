@@ -190,6 +190,7 @@ def test_help_shows_the_settings_that_are_read_and_no_others(name, capsys):
         ([f"--config={CONFIG}", "--config.constitutions.count=5"], ("config.constitutions.count is 5",)),
         ([f"--config={CONFIG}", "--config.model=gs://b/x"], ("gs://b/x is no local path",)),
         ([f"--config={CONFIG}", "--config.train=3"], ("config.train is a section",)),
+        ([f"--config={CONFIG}", "--config.evaluation.judge=gpt"], ("judge is 'gpt'; choose one of none, miniature",)),
         ([f"--config={CONFIG}", "--config.prompts.training=hello"], ("config.prompts.training", "{constitution}")),
     ],
 )  # fmt: skip

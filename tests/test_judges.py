@@ -2,11 +2,15 @@
 
 import pytest
 
+from sami_jax.config.fields import describe_fields
+from sami_jax.config.run import RunConfig
 from sami_jax.data.constitutions import Constitution
 from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
-from sami_jax.errors import BadDataError
-from sami_jax.evaluation.judges import Verdict, check_judged, get_judge, judge_miniature
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.evaluation.judge_by_name import JUDGES, judge_by_name
+from sami_jax.evaluation.miniature_judge import MINIATURE, judge_miniature
+from sami_jax.evaluation.verdicts import Verdict
 from sami_jax.miniature.world import MARKERS, PRINCIPLES, REPORTED, draw_queries, write_summary
 
 [QUERY] = draw_queries(0, train=1, validation=0, test=0)["train"]
@@ -59,13 +63,12 @@ def test_a_query_of_another_world_is_refused_with_the_remedy():
 
 
 def test_foreign_data_is_refused_before_any_response_is_there():
-    check_judged("miniature", [QUERY], PRINCIPLES)
+    MINIATURE.check([QUERY], PRINCIPLES)
     bare, foreign = Query("reddit-1", "Who knows?"), Principle("brief", "Be brief.", "Be long.")
     with pytest.raises(BadDataError, match="Query 'reddit-1' has no fact 'relation'.*set config.evaluation.judge=none"):
-        check_judged("miniature", [QUERY, bare], PRINCIPLES)
+        MINIATURE.check([QUERY, bare], PRINCIPLES)
     with pytest.raises(BadDataError, match=r"principle 'brief' is none of the miniature world's.*judge=none"):
-        check_judged("miniature", [QUERY], [*PRINCIPLES, foreign])
-    check_judged("none", [bare], [foreign])
+        MINIATURE.check([QUERY], [*PRINCIPLES, foreign])
 
 
 def test_the_facts_that_are_asked_for_are_those_that_are_read():
@@ -82,4 +85,15 @@ def test_the_facts_that_are_asked_for_are_those_that_are_read():
 
 
 def test_judges_by_name():
-    assert get_judge("none") is None and get_judge("miniature") is judge_miniature
+    assert judge_by_name("none") is None and judge_by_name("miniature") is MINIATURE
+    assert MINIATURE.judge is judge_miniature
+
+
+def test_an_unknown_judge_is_refused_and_the_known_are_listed():
+    with pytest.raises(BadConfigError, match="config.evaluation.judge is 'gpt'; choose one of none, miniature"):
+        judge_by_name("gpt")
+
+
+def test_the_help_text_names_every_judge():
+    meaning = next(text for name, _, text in describe_fields(RunConfig) if name == "config.evaluation.judge")
+    assert all(f"{name}: " in meaning for name in JUDGES)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sami_jax.errors import BadDataError
-from sami_jax.evaluation.judges import Verdict
 from sami_jax.evaluation.results import QueryResult, read_results, write_results
+from sami_jax.evaluation.verdicts import Verdict
 
 
 def result(**changes: Any) -> QueryResult:

@@ -27,7 +27,7 @@ from sami_jax.sharding import (
     micro_batch_sharding,
     padded_size,
     param_shardings,
-    place,
+    put_on_devices,
     replicated,
 )
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches, round_to_dtypes
@@ -60,9 +60,9 @@ class TestMesh:
     def test_batches_are_split_over_all_axes_but_tensor(self, third):
         mesh = make_mesh(MeshConfig(data=2, tensor=2, **{third: 2}))
         assert batch_shards(mesh) == 4
-        placed = place(np.zeros((4, 3)), batch_sharding(mesh))
+        placed = put_on_devices(np.zeros((4, 3)), batch_sharding(mesh))
         assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
-        assert place(np.zeros(3), replicated(mesh)).is_fully_replicated
+        assert put_on_devices(np.zeros(3), replicated(mesh)).is_fully_replicated
 
 
 class TestPaddedSize:
@@ -153,7 +153,7 @@ def test_stochastic_rounding_is_that_of_one_device(layout):
     like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
     rounded = jax.jit(round_to_dtypes)
     shardings = param_shardings(mesh, *abstract_params(shape))
-    spread = rounded(place(exact, shardings), place(like, shardings), jax.random.key(5))
+    spread = rounded(put_on_devices(exact, shardings), put_on_devices(like, shardings), jax.random.key(5))
     assert doubles.same_bits(spread, rounded(exact, like, jax.random.key(5)))
 
 
@@ -165,12 +165,12 @@ def two_steps(family: str, layout: str | None):
     """The states after two steps of 16 queries, eight in memory at once, and their metrics; None is one device."""
     shape, mesh = FAMILIES[family], make_mesh(LAYOUTS[layout] if layout else MeshConfig())
     shardings = param_shardings(mesh, *abstract_params(shape))
-    policy, reference = (place(random_params(shape, seed=seed), shardings) for seed in (0, 1))
+    policy, reference = (put_on_devices(random_params(shape, seed=seed), shardings) for seed in (0, 1))
     state = init_state(policy, make_optimizer(SETTINGS))
-    state = jax.tree.map(lambda x: x if x.ndim else place(x, replicated(mesh)), state)
+    state = jax.tree.map(lambda x: x if x.ndim else put_on_devices(x, replicated(mesh)), state)
     pairs = doubles.random_pairs(16, vocab=shape.vocab_size, seed=5)
     batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), 8)
-    batch = place(batch, micro_batch_sharding(mesh))
+    batch = put_on_devices(batch, micro_batch_sharding(mesh))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
     score = chex.assert_max_traces(make_model(shape, mesh=mesh).score, n=2)
@@ -193,9 +193,9 @@ class TestEightDevices:
         at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
         logits = []
         for mesh in (make_mesh(MeshConfig()), make_mesh(LAYOUTS[layout])):
-            placed = place(params, param_shardings(mesh, *abstract_params(shape)))
+            placed = put_on_devices(params, param_shardings(mesh, *abstract_params(shape)))
             score = jax.jit(make_model(shape, mesh=mesh).score)
-            logits.append(np.asarray(score(placed, *place((tokens, at), batch_sharding(mesh)))))
+            logits.append(np.asarray(score(placed, *put_on_devices((tokens, at), batch_sharding(mesh)))))
         # Logits of size 5 from sums in another order.
         np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=2e-5)
 

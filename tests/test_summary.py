@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from sami_jax.evaluation.judges import Verdict
 from sami_jax.evaluation.results import QueryResult
 from sami_jax.evaluation.summary import query_mi_nats, summarize
+from sami_jax.evaluation.verdicts import Verdict
 
 
 def verdict(score: float, *, faithful: bool = True) -> Verdict:

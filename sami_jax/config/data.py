@@ -47,7 +47,7 @@ class ConstitutionsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Templates with the places {constitution} and {query}."""
+    """Templates with the fields {constitution} and {query}."""
 
     generation: str = setting("{constitution}\n\n{query}\n\n", "prompt the model samples from")
     training: str = setting("{constitution}\n\n{query}\n\n", "prompt it is trained and scored on")
@@ -61,9 +61,9 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         templates = {"generation": self.generation, "training": self.training}
         for name, template in templates.items():
-            for place in _PLACES:
-                if template.count(place) != 1:
-                    raise BadConfigError(f"config.prompts.{name} must contain {place} exactly once.")
+            for field in _FIELDS:
+                if template.count(field) != 1:
+                    raise BadConfigError(f"config.prompts.{name} must contain {field} exactly once.")
         generation, training = map(_ending, templates.values())
         if self.boundary == "exact" and generation != training:
             raise BadConfigError(
@@ -73,14 +73,14 @@ class PromptsConfig:
             )
 
 
-_PLACES = ("{constitution}", "{query}")
+_FIELDS = ("{constitution}", "{query}")
 
 
 def _ending(template: str) -> str:
-    """The template's last white space, with the place before it if one stands there, since its text may end in more."""
+    """The template's last white space; behind a field, whose text may end in more of it, with that field."""
     text = template.rstrip()
-    place = next((place for place in _PLACES if text.endswith(place)), "")
-    return place + template[len(text) :]
+    field = next((field for field in _FIELDS if text.endswith(field)), "")
+    return field + template[len(text) :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,5 +9,5 @@ from sami_jax.config.fields import setting
 class EvaluationConfig:
     """What is measured of the base and of every iteration."""
 
-    judge: str = setting("none", "none: mutual information and lengths only", choices=("none", "miniature"))
+    judge: str = setting("none", "none: mutual information and lengths only; miniature: the miniature world's grammar")
     held_out: bool = setting(True, "also evaluate on the held-out principles, where there are enough")

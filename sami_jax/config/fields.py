@@ -74,7 +74,7 @@ def build_section(kind: type, settings: Any, prefix: str) -> Any:
 
 
 def no_local_path(text: str) -> str:
-    """What is wrong with a path that names a store instead of a folder or file; "" where nothing is."""
+    """Returns what is wrong with a path that names a store instead of a folder or file; "" where nothing is."""
     if "://" not in text:
         return ""
     return f"{text} is no local path; mount the store (a bucket with gcsfuse or its like), and name what is there"

@@ -33,7 +33,7 @@ class Tokenizer:
         return self._backend.eos_token_id
 
     def end_id(self) -> int:
-        """`eos_id`, for who cannot do without. Raises BadDataError where the tokenizer has none."""
+        """`eos_id`, where one is needed. Raises BadDataError if the tokenizer has none."""
         if self.eos_id is None:
             raise BadDataError("the tokenizer has no end-of-sequence token; name one in its tokenizer_config.json.")
         return self.eos_id
@@ -45,28 +45,28 @@ class Tokenizer:
 
     @functools.cached_property
     def leading_ids(self) -> tuple[int, ...]:
-        """What the tokenizer's template puts in front of a text: BOS where it has one. What it puts behind is no part.
+        """The ids that the tokenizer's template puts in front of a text: BOS where it has one.
 
         Raises:
           BadDataError: the template does more than put ids in front of a text and behind it.
         """
         plain, whole = self._plain_ids("a"), list(self._backend("a")["input_ids"])
-        places = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
+        starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
         # A template that has the text twice in a row does so without its special tokens, too.
         doubled = bool(plain) and plain == 2 * plain[: len(plain) // 2]
-        if len(places) != 1 or doubled:
+        if len(starts) != 1 or doubled:
             raise BadDataError(
                 f"the tokenizer's template turns a text of the ids {plain} into {whole}, which cannot be taken apart "
                 "into what goes in front, the text once, and what ends it; mend post_processor in tokenizer.json."
             )
-        return tuple(whole[: places[0]])
+        return tuple(whole[: starts[0]])
 
     def prompt_ids(self, text: str) -> list[int]:
         """The prompt's ids behind `leading_ids`; an end token that the tokenizer would add is left out."""
         return [*self.leading_ids, *self._plain_ids(text)]
 
     def response_ids(self, response: str, *, prompt: str, boundary: Boundary = "exact") -> list[int]:
-        """The ids of a response that stands as text, behind its prompt.
+        """The ids of a response that is given as text, behind its prompt.
 
         "exact": what a sampler would have emitted after the prompt, which is the ids of a space and the response, or of
         the response alone where the prompt ends in white space. They are read off behind an anchor character, because

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sami_jax.errors import BadDataError
-from sami_jax.evaluation.judges import Verdict
+from sami_jax.evaluation.verdicts import Verdict
 from sami_jax.files import read_jsonl, write_jsonl
 from sami_jax.stage_folder import check_sealed
 

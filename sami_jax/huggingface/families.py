@@ -12,7 +12,7 @@ from sami_jax.model.shape import DecoderConfig, RopeScaling
 
 
 class _Family(NamedTuple):
-    """What transformers does for a model type where config.json says nothing."""
+    """The values that transformers takes for a model type where config.json leaves them out."""
 
     architecture: str
     rope_theta: float = 10_000.0
@@ -60,7 +60,7 @@ class StoredLeaf(NamedTuple):
     inputs: int | None = None
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the tensor that holds a slice of this shape."""
+        """The shape of the tensor that holds a slice of this shape."""
         n = self.inputs
         return shape if n is None else (math.prod(shape[n:]), math.prod(shape[:n]))
 
@@ -119,7 +119,7 @@ def config_from_huggingface(config: Mapping[str, Any], *, source: str) -> Decode
 
 
 def _whole(value: Any, key: str) -> int:
-    """A size; what no device's memory is indexed by is none."""
+    """A size: a whole number that an int32 index reaches."""
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or not 0 < value < 2**31:
@@ -158,7 +158,7 @@ def _decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise BadDataError(f"tie_word_embeddings is {tied!r}; it must be true or false.")
-    # An explicit null means none; what transformers takes where the key is left out differs by family.
+    # An explicit null means no window. Where the key is left out, transformers' default differs by family.
     window = config.get("sliding_window", family.sliding_window) if model_type != "llama" else None
     return DecoderConfig(
         model_type=model_type,

@@ -100,7 +100,7 @@ def read_weight_map(folder: Path) -> dict[str, set[str]]:
         raise BadDataError(f"{index}: weight_map is missing; download it again.")
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        # The name decides, not where it leads: in the Hub's cache every file is a link out of the folder.
+        # Look at the name, not at where it leads: in the Hub's cache every file is a link out of the folder.
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise BadDataError(
                 f"{index}: {name!r} is not the plain name of a safetensors file inside the folder; put the file there "
@@ -175,7 +175,7 @@ def load_params(folder: Path, config: DecoderConfig, *, dtype: Any, shardings: P
         zeros, put = stacking(spec.shape, jnp.dtype(dtype), sharding)
         whole = zeros()
         for index, name in names.items():
-            # Nothing else holds the part, and it is waited for: the next tensor is read when this one is gone.
+            # Wait for the part, and keep no reference to it: its memory is free before the next tensor is read.
             part_of = functools.partial(load_slice, leaf, tensors[name], spec.shape[depth:], dtype, inner)
             whole = jax.block_until_ready(put(whole, part_of(), np.asarray(index, np.int32)))
         return whole
@@ -195,7 +195,7 @@ def save_model(
     card: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model folder that any Hugging Face tool serves: built beside its place, then renamed.
+    """Writes a model folder that any Hugging Face tool serves: built beside the folder, then renamed.
 
     Names and shapes are the Hub's. One file's tensors at most are in the host's memory at a time. Of several processes,
     which must all call this, one writes; the others help to gather the weights, a tensor at a time, and wait.
@@ -257,7 +257,7 @@ def save_model(
 
 
 class _Part(NamedTuple):
-    """What one stored tensor holds: the part of a leaf of the params at an index of its leading axes."""
+    """The part of a leaf of the params that one stored tensor holds, at an index of its leading axes."""
 
     path: LeafPath
     at: tuple[int, ...]

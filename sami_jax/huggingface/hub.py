@@ -47,7 +47,7 @@ def model_name(folder: Path) -> str:
 
 
 def _explained(error: Exception, model: str) -> SamiError:
-    """What a person can do about a failed download."""
+    """Returns the error that says what a person can do about a failed download."""
     from huggingface_hub import errors
 
     name, _, revision = model.partition("@")

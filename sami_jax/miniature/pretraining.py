@@ -40,9 +40,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "transform
 
 
 def pretrained_folder(config: PretrainingConfig) -> Path:
-    """Where the base of this config is kept: named by the hash of its settings, BASE_VERSION and the libraries."""
+    """The folder that keeps a base, named by the hash of its settings, BASE_VERSION and the libraries' versions."""
     made_by = {
-        "config": _without_place(config),
+        "config": _deciding(config),
         "base_version": BASE_VERSION,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
@@ -60,14 +60,15 @@ def pretrain(config: PretrainingConfig, *, safe_point: SafePoint) -> Path:
       A folder with `model/` (Hugging Face), `data/principles.json`, `data/train.jsonl`, `data/validation.jsonl`,
       `data/test.jsonl`, `metrics.jsonl` and DONE.json.
     """
-    folder, inputs = pretrained_folder(config), _without_place(config)
+    folder, inputs = pretrained_folder(config), _deciding(config)
     # A finished folder is not locked, so that any number of runs may read it at once.
     if seal_of(folder, inputs=inputs) is None:
         with locked(folder):
             if seal_of(folder, inputs=inputs) is None:
                 _make(config, folder, safe_point)
     check_sealed(folder)
-    # Only behind the seal: a kill before it would repeat all steps. Also what a kill in the middle of this line left.
+    # Delete them only behind the seal, since a kill before it would repeat all steps; at each call, since a kill may
+    # have come in the middle of this line.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
 
@@ -134,7 +135,7 @@ def pretraining_optimizer(config: PretrainingConfig) -> optax.GradientTransforma
 
 
 def muon_dimensions(params: Params) -> Params:
-    """Which stacked leaves [L, in..., out...] are matrices to Muon; None leaves a leaf to AdamW."""
+    """For each stacked leaf [L, in..., out...], which axes make a matrix for Muon; None leaves the leaf to AdamW."""
     into_heads = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3))
     from_heads = optax.contrib.MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=(3,))
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
@@ -163,7 +164,7 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: SafePoint) -> Non
         huggingface_config=config_to_huggingface(shape, bos_token_id=bos, eos_token_id=eos),
         generation_config={"bos_token_id": bos, "eos_token_id": eos, "do_sample": False},
         tokenizer_folder=folder / "tokenizer",
-        card=_CARD.format(config=json.dumps(_without_place(config), indent=1)),
+        card=_CARD.format(config=json.dumps(_deciding(config), indent=1)),
     )
     splits = world.draw_queries(
         config.seed, train=config.train_queries, validation=config.validation_queries, test=config.test_queries
@@ -173,7 +174,7 @@ def _make(config: PretrainingConfig, folder: Path, safe_point: SafePoint) -> Non
     principles = [dataclasses.asdict(p) for p in world.draw_principles(config.seed)]
     write_json(folder / "data" / "principles.json", principles)
     counts = {"documents": len(documents), "steps": config.steps}
-    seal(folder, inputs=_without_place(config), counts=counts, outside="checkpoints")
+    seal(folder, inputs=_deciding(config), counts=counts, outside="checkpoints")
 
 
 def _train(
@@ -265,7 +266,7 @@ def _train_tokenizer(documents: list[tuple[str, str]], config: PretrainingConfig
     return load_tokenizer(folder)
 
 
-def _without_place(config: PretrainingConfig) -> dict[str, Any]:
+def _deciding(config: PretrainingConfig) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key not in ("cache_dir", "enabled")}
 
 

@@ -69,7 +69,7 @@ def rope_frequencies(head_dim: int, *, theta: float, scaling: RopeScaling | None
     """
     frequencies = 1 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if scaling is not None:
-        # Turns that a pair makes over the pretraining context: the fewer, the longer the wave.
+        # Number of turns over the pretraining context: the fewer, the longer the wave.
         turns = np.float32(scaling.original_positions) / (np.float32(2 * np.pi) / frequencies)
         low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
         share = np.clip((turns - low) / (high - low), 0, 1)

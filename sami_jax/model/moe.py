@@ -95,7 +95,7 @@ def mixed_experts(
 
     def on_a_device(x: Array, chosen: Array, shares: Array, *weights: Array) -> Array:
         tokens = [jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, shares)]
-        # From here on a copy is a device's own, and so is its gradient; the casts' transpose sums them up.
+        # Each device has its own copy from here on, with its own gradient; the transpose of these casts sums them.
         tokens = [jax.lax.pcast(a, "tensor", to="varying") for a in tokens]
         own = [jax.lax.pcast(w, ("data", "fsdp"), to="varying") for w in weights]
         mixed = _local_experts(*tokens, *own, first=jax.lax.axis_index("expert") * weights[0].shape[0], mlp=mlp)
@@ -157,7 +157,7 @@ def blocked_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) 
     rows up to 15 rows an expert); empty blocks are skipped. The gradient is written out, since that of a scan adds an
     [E, D, F] array of mostly zeros for each block; it keeps no activations.
     """
-    blocks, expert_of_block, place = _blocks(rows, sizes)
+    blocks, expert_of_block, slot_of_row = _blocks(rows, sizes)
 
     def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         x, expert = inputs
@@ -168,7 +168,7 @@ def blocked_mlp(rows: Array, sizes: Array, gate: Array, up: Array, down: Array) 
         return None, jax.lax.cond(expert < gate.shape[0], run, lambda: jnp.zeros_like(x))
 
     _, outs = jax.lax.scan(one, None, (blocks, expert_of_block))
-    return _rows_of(outs, place)
+    return _rows_of(outs, slot_of_row)
 
 
 def _blocked_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -177,8 +177,8 @@ def _blocked_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
 
 def _blocked_backward(inputs: tuple[Array, ...], d_outs: Array) -> tuple[Array | None, ...]:
     rows, sizes, *weights = inputs
-    blocks, expert_of_block, place = _blocks(rows, sizes)
-    d_blocks = _in_blocks(d_outs, place, blocks.shape)
+    blocks, expert_of_block, slot_of_row = _blocks(rows, sizes)
+    d_blocks = _in_blocks(d_outs, slot_of_row, blocks.shape)
 
     def one(totals: list[Array], inputs: tuple[Array, Array, Array]) -> tuple[list[Array], Array]:
         x, d_out, expert = inputs
@@ -193,7 +193,7 @@ def _blocked_backward(inputs: tuple[Array, ...], d_outs: Array) -> tuple[Array |
     start = [jnp.zeros_like(w, dtype=jnp.float32) for w in weights]
     totals, d_x = jax.lax.scan(one, start, (blocks, d_blocks, expert_of_block))
     d_weights = [t.astype(w.dtype) for t, w in zip(totals, weights, strict=True)]
-    return _rows_of(d_x, place), None, *d_weights
+    return _rows_of(d_x, slot_of_row), None, *d_weights
 
 
 blocked_mlp.defvjp(_blocked_forward, _blocked_backward)
@@ -204,9 +204,9 @@ def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 
 def _blocks(rows: Array, sizes: Array) -> tuple[Array, Array, Array]:
-    """Rows [M, D] in blocks [n, m, D] of one expert each, the expert of each block [n], and where each row went [M].
+    """Rows [M, D] in blocks [n, m, D] of one expert each, the expert of each block [n], and the slot of each row [M].
 
-    Blocks without rows have expert E, rows without expert a place behind the blocks.
+    Blocks without rows have expert E, rows without expert a slot behind the blocks.
     """
     (m, d), e = rows.shape, sizes.shape[0]
     block = min(_MAX_BLOCK, max(_MIN_BLOCK, m // (16 * e)))
@@ -215,15 +215,17 @@ def _blocks(rows: Array, sizes: Array) -> tuple[Array, Array, Array]:
     first_block, first_row = jnp.cumsum(blocks_of) - blocks_of, jnp.cumsum(sizes) - sizes
     row = jnp.arange(m)
     expert_of_row = jnp.repeat(jnp.arange(e), sizes, total_repeat_length=m)
-    place = jnp.where(row < jnp.sum(sizes), row + (first_block * block - first_row)[expert_of_row], n_blocks * block)
+    slot_of_row = jnp.where(
+        row < jnp.sum(sizes), row + (first_block * block - first_row)[expert_of_row], n_blocks * block
+    )
     expert_of_block = jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(n_blocks), side="right")
-    return _in_blocks(rows, place, (n_blocks, block, d)), expert_of_block, place
+    return _in_blocks(rows, slot_of_row, (n_blocks, block, d)), expert_of_block, slot_of_row
 
 
-def _in_blocks(rows: Array, place: Array, shape: tuple[int, ...]) -> Array:
+def _in_blocks(rows: Array, slot_of_row: Array, shape: tuple[int, ...]) -> Array:
     n, m, d = shape
-    return jnp.zeros((n * m, d), rows.dtype).at[place].set(rows, mode="drop").reshape(shape)
+    return jnp.zeros((n * m, d), rows.dtype).at[slot_of_row].set(rows, mode="drop").reshape(shape)
 
 
-def _rows_of(blocks: Array, place: Array) -> Array:
-    return blocks.reshape(-1, blocks.shape[-1]).at[place].get(mode="fill", fill_value=0)
+def _rows_of(blocks: Array, slot_of_row: Array) -> Array:
+    return blocks.reshape(-1, blocks.shape[-1]).at[slot_of_row].get(mode="fill", fill_value=0)

@@ -44,7 +44,7 @@ def attempt(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forgotten_if_refused(workdir: Path) -> Iterator[None]:
-    """Takes away what a run wrote that was refused before its first stage: the mended command is another run's."""
+    """Deletes what a run wrote before it was refused, if no stage was begun: the mended command is another run."""
     try:
         yield
     except (BadConfigError, BadDataError):

@@ -39,7 +39,7 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
     with locked(workdir):
         config = open_run(config, workdir, say)
         to_check = needs_pretraining(config) and not has_begun(workdir)
-        # Only now: a download has no safe points, and SIGTERM is to end it.
+        # Handle signals only from here on: a download has no safe points, and SIGTERM should end it.
         with stop_on_signal() as safe_point, forgotten_if_refused(workdir), attempt(workdir):
             config = with_pretrained(config, safe_point)
             if to_check:
@@ -55,7 +55,7 @@ class _Run:
         self._has_worked = False
 
     def finish(self) -> Path:
-        """Every stage in order, then the report."""
+        """Completes every stage in order, then writes the report."""
         config = self._config
         base = model = model_source(Path(config.model))
         principles = file_source(Path(config.constitutions.principles))
@@ -79,7 +79,7 @@ class _Run:
         return page
 
     def _complete(self, iteration: int, name: str, stage: Stage) -> Source:
-        """The folder of the stage, complete."""
+        """Completes a stage in its folder of the run directory. Returns the folder."""
         folder = self._workdir / f"iter_{iteration:03d}" / name
         log = self._workdir / "metrics.jsonl"
         done = complete(stage, folder, safe_point=self._safe_point, log=lambda record: append_jsonl(log, record))

@@ -1,4 +1,4 @@
-"""From the names in a config to files that are there: fetched, made and looked at, before the first stage."""
+"""Opens a run: the names in its config become files that are fetched, made and checked before the first stage."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from sami_jax.data.queries import alternating_half, read_queries
 from sami_jax.data.tasks import Task
 from sami_jax.disk import check_disk
 from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.files import content_hash, read_json, write_json
 from sami_jax.huggingface.folder import find_weights, read_config
 from sami_jax.huggingface.hub import fetch_model, model_name
@@ -104,6 +105,7 @@ def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
       BadDataError: a file cannot be used.
       FetchFailedError: the model could not be downloaded.
     """
+    judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
     named = {
@@ -190,7 +192,7 @@ def _evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
 
 
 def _base_shape(config: RunConfig) -> DecoderConfig:
-    """Of the base model, also of one that is still to be pretrained."""
+    """The shape of the base model, also of one that is still to be pretrained."""
     return base_shape(config.pretraining) if PRETRAINED in config.model else read_config(Path(config.model))
 
 

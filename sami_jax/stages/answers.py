@@ -42,8 +42,8 @@ def check_tasks(
     Raises:
       BadDataError: the query, what is wrong and the remedy.
     """
-    # A token is a byte at least, but for those that the tokenizer puts in front: of prompts below this, and but for
-    # the first, no ids are needed.
+    # A token is at least one byte, except those that the tokenizer puts in front. So prompts of fewer bytes than this
+    # fit, and need not be tokenised; only the first one is, to see that the tokenizer belongs to the model.
     fitting = opened.model.config.max_positions - new_tokens - len(opened.tokenizer.leading_ids) - 1
     for number, task in enumerate(tasks):
         for name, template in (("generation", templates.generation), ("training", templates.training)):
@@ -55,7 +55,7 @@ def check_tasks(
 
 
 def _prompt_problem(opened: OpenModel, ids: Sequence[int], new_tokens: int) -> str:
-    """What is wrong with a prompt, and the remedy; "" where nothing is."""
+    """Returns what is wrong with a prompt, and the remedy; "" where nothing is."""
     shape = opened.model.config
     if not ids:
         return "has no tokens; remove it."

@@ -17,7 +17,7 @@ from sami_jax.data.principles import Principle, learned, read_principles
 from sami_jax.data.queries import read_queries
 from sami_jax.data.tasks import Task, draw_task
 from sami_jax.errors import BadDataError, NonFiniteError
-from sami_jax.evaluation.judges import check_judged, get_judge
+from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.evaluation.results import QueryResult, read_results, write_results
 from sami_jax.evaluation.summary import query_mi_nats, summarize
 from sami_jax.files import write_json
@@ -122,7 +122,7 @@ class Evaluate(Stage):
             answers = self._answers(loaded, split, tasks, out, safe_point)
             found = self._results(loaded, base_params, split, tasks, answers)
             splits[split] = summarize(found, None if baseline is None else [r for r in baseline if r.split == split])
-            splits[split]["judge"] = None if self.evaluation.judge == "none" else self.evaluation.judge
+            splits[split]["judge"] = self.evaluation.judge if judge_by_name(self.evaluation.judge) else None
             results += found
         summary = {
             "iteration": self.iteration,
@@ -174,7 +174,7 @@ class Evaluate(Stage):
         for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
             if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
                 raise NonFiniteError(f"The log-probs of query {pair.example_id} are not finite; a model is damaged.")
-        judge = get_judge(self.evaluation.judge)
+        judge = judge_by_name(self.evaluation.judge)
         results = []
         rows = zip(tasks, pairs, ours, bases, query_mi_nats(ours), strict=True)
         for task, pair, logps, base_logps, mi_nats in rows:
@@ -191,7 +191,7 @@ class Evaluate(Stage):
                     logps=logps if scored else None,
                     base_logps=np.diagonal(base_logps) if scored else None,
                     mi_nats=float(mi_nats) if scored else None,
-                    verdicts=[judge(task.query, c, response) for c, response in judged] if judge else None,
+                    verdicts=[judge.judge(task.query, c, response) for c, response in judged] if judge else None,
                 )
             )
         return results
@@ -199,7 +199,7 @@ class Evaluate(Stage):
     def _read_baseline(self, path: Path, tasks: dict[str, list[Task]]) -> list[QueryResult]:
         """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""
         results = read_results(path)
-        judged = self.evaluation.judge != "none"
+        judged = judge_by_name(self.evaluation.judge) is not None
         wanted = [
             (name, task.query.example_id, [constitution.text for constitution in task.constitutions], judged)
             for name, split in tasks.items()
@@ -239,7 +239,8 @@ def evaluation_tasks(
       BadDataError: queries or principles cannot be used, or the judge cannot read them.
     """
     asked, known = read_queries(queries)[:count], read_principles(principles)
-    check_judged(evaluation.judge, asked, known)
+    if judge := judge_by_name(evaluation.judge):
+        judge.check(asked, known)
     held_out = [principle for principle in known if principle.held_out]
     splits: dict[str, list[Principle]] = {"learned": learned(known)}
     if evaluation.held_out and len(held_out) >= constitutions.principles_per_query:

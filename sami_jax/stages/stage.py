@@ -46,7 +46,7 @@ def model_source(folder: Path) -> Source:
 
 
 def settings_but(*names: str) -> Any:
-    """A field for a section of settings, of which these are no inputs: the stage's outputs do not depend on them."""
+    """A field for a section of settings. Those named here are no inputs, since no output depends on them."""
     return dataclasses.field(metadata={"but": names})
 
 
@@ -100,7 +100,7 @@ class Output:
     """Where a stage's outputs go: written by one process for all, each file whole or not at all."""
 
     def __init__(self, folder: Path | None, inputs: Any, log: Log):
-        """Args: the folder, or None where nothing is kept; the stage's inputs; what takes lines of metrics."""
+        """Prepares for a stage's folder, or for None where nothing is kept; nothing is written yet."""
         self._folder, self._inputs, self._log = folder, inputs, log
         self._stack = contextlib.ExitStack()
 
@@ -123,10 +123,10 @@ class Output:
                 stage_folder.begin(self._folder, inputs=self._inputs)
 
     def build(self) -> None:
-        """Opens a folder that takes the place of the stage's when its seal stands: whole, or not at all.
+        """Opens a folder beside the stage's, which replaces it when it is sealed: whole, or not at all.
 
         Raises:
-          BadDataError: the place holds files already.
+          BadDataError: the stage's holds files already.
         """
         with agreed():
             if is_writer():
@@ -156,7 +156,7 @@ class Output:
             self._log(record)
 
     def seal(self, stage: Stage, counts: Any) -> None:
-        """Declares the stage complete, and moves what was built to its place."""
+        """Declares the stage complete, and moves what was built to the stage's folder."""
         with agreed():
             if is_writer():
                 outside, made_of = stage.outside, stage.made_of

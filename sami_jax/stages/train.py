@@ -21,7 +21,7 @@ from sami_jax.huggingface.opened import OpenModel, open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.scoring import batch_widths, make_batch
-from sami_jax.sharding import batch_shards, device_bytes, micro_batch_sharding, more_devices, place
+from sami_jax.sharding import batch_shards, device_bytes, micro_batch_sharding, more_devices, put_on_devices
 from sami_jax.stages.score import fewer_queries
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.training import (
@@ -89,7 +89,7 @@ class Train(Stage):
         train, count = self.train, self.train.steps[self.iteration - 1]
         opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat)
         pairs = self._read_pairs(opened)
-        # Weights that are refused leave nothing behind, so that they are read before the folder is begun.
+        # Read the weights before the folder is begun, so that weights that are refused leave nothing behind.
         fresh = None if (out.folder / "checkpoints").is_dir() else fresh_state(opened, train)
         reference = opened.load(self.compute_dtype) if train.kl_beta > 0 else None
         out.begin()
@@ -107,7 +107,7 @@ class Train(Stage):
                 started = time.monotonic()
                 work = f"in step {step + 1} of iteration {self.iteration}, on sequences of {batches.width} tokens"
                 with enough_memory(work, *remedies):
-                    state, metrics = step_fn(state, reference, batches.placed(step))
+                    state, metrics = step_fn(state, reference, batches.on_devices(step))
                     finite = bool(metrics.finite)
                 if not finite:
                     raise self._not_finite(step, metrics, batches.pairs(step))
@@ -190,18 +190,18 @@ class _Batches:
         self.width, self.response_width = batch_widths(pairs, round_to=train.round_tokens_to, eos_id=self._eos_id)
 
     def pairs(self, step: int) -> list[Pair]:
-        """What step 0, 1, ... trains on."""
+        """The pairs that step 0, 1, ... trains on."""
         return [self._pairs[i] for i in self._indices[step]]
 
-    def placed(self, step: int) -> ContrastiveBatch:
-        """The micro-batches of a step [M, m, ...] on the devices."""
+    def on_devices(self, step: int) -> ContrastiveBatch:
+        """[M, m, ...] micro-batches of step 0, 1, ..., on the devices."""
         widths = {"width": self.width, "response_width": self.response_width}
         batch = make_batch(self.pairs(step), **widths, eos_id=self._eos_id)
-        return place(micro_batches(batch, self._micro), micro_batch_sharding(self._mesh))
+        return put_on_devices(micro_batches(batch, self._micro), micro_batch_sharding(self._mesh))
 
 
 def abstract_train_state(opened: OpenModel, train: TrainConfig) -> TrainState:
-    """What a training of the model has for a state, none of it in memory."""
+    """Shape, dtype and sharding of the state of a training of the model."""
     return abstract_state(opened.abstract_params(train.weights_dtype), make_optimizer(train))
 
 
@@ -214,7 +214,7 @@ def fresh_state(opened: OpenModel, train: TrainConfig) -> TrainState:
         _rounded_weights(train),
     ):
         state = init_state(opened.load(train.weights_dtype), make_optimizer(train))
-        return place(state, jax.tree.map(lambda spec: spec.sharding, specs))
+        return put_on_devices(state, jax.tree.map(lambda spec: spec.sharding, specs))
 
 
 def _rounded_weights(train: TrainConfig) -> str:
