@@ -133,7 +133,7 @@ def put_on_devices(tree: Any, shardings: Any) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Brings the tree's arrays whole into every host's memory, whoever holds their parts; all processes must call it."""
+    """Brings the tree's arrays whole into every host's memory, whoever holds their parts; every process calls it."""
 
     def whole(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
