@@ -1,5 +1,9 @@
-"""What every run here shares; the other configs start from it and change what they are about.
+"""The paper's setting that every config here shares: they start from it and change what they are about.
 
+    sami run --config=configs/common.py --workdir=runs/mine --config.model=... --config.queries.train=... \\
+        --config.queries.evaluation=... --config.constitutions.principles=...
+
+Hardware, duration, expected: those of the model that you name; configs/mistral_7b.py is an example.
 Fields left out keep their defaults, which `sami run --help` lists with their meaning.
 """
 

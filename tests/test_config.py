@@ -1,5 +1,6 @@
 """Settings: every mistake is refused with the field, the value and the remedy; the configs in the repository load."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -296,6 +297,12 @@ class TestConfigsOfTheRepository:
         held = jax.tree.map(lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape)), shardings, shapes)
         assert sum(jax.tree.leaves(held)) * mesh.size == weights
         assert config.train.weights == "float32" and config.compute_dtype == "bfloat16"
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+    def test_says_its_command_hardware_duration_and_expected_result(self, path):
+        text = (ast.get_docstring(ast.parse(path.read_text())) or "").lower()
+        assert f"sami run --config=configs/{path.name} --workdir=" in text
+        assert all(word in text for word in ("hardware", "duration", "expected"))
 
     def test_an_unknown_variant_is_refused(self):
         with pytest.raises(BadConfigError, match="unknown variant 'smok'"):
