@@ -11,28 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "sami_jax"
 
-# A module may import the modules before it in this list, and none behind it, wherever in the file the import stands.
-# A module that is not here has no place yet: put it where it belongs.
-ORDER = """
-    errors losses flops types seeds progress
-    json_text outputs files safe_point stage_folder
-    config.fields config.data config.sampling config.training config.evaluation config.mesh config.pretraining
-    config.run
-    processes sharding
-    data.principles data.constitutions data.prompts data.queries data.tasks data.tokenizer data.filters data.pairs
-    model.shape model.layers model.moe model.decoder
-    sampling scoring
-    huggingface.families huggingface.tensors huggingface.folder huggingface.hub huggingface.opened
-    checkpoints training disk
-    miniature.world miniature.pretraining
-    evaluation.verdicts evaluation.miniature_judge evaluation.judge_by_name
-    evaluation.results evaluation.win_rates evaluation.summary
-    stages.stage stages.answers stages.generate stages.sample stages.score stages.train stages.export stages.evaluate
-    report.measures report.reading report.findings report.charts report.samples report.tables report.page
-    run.attempts run.opening run.loop run.single_stages
-    plan
-    cli.flags cli.run_commands cli.model_commands cli.main
-""".split()
+# The layers of the page: a module may import the modules before it, and none behind it, wherever in the file the import
+# stands. A module that is not there has no layer yet: put it where it belongs.
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ORDER = PAGE.partition("```layers\n")[2].partition("```")[0].split()
 # The doors: `import sami_jax` and `python -m sami_jax` may know everything; the packages hold no code.
 DOORS = ["", "__main__"]
 PACKAGES = ["config", "data", "model", "huggingface", "miniature", "evaluation", "stages", "report", "run", "cli"]
@@ -94,7 +76,7 @@ def imported_modules(name: str, source: str, known: set[str]) -> set[str]:
 
 
 def backward_imports(sources: dict[str, str]) -> list[str]:
-    """Imports that run against ORDER, one line each; a module without a place is left to `misplaced_modules`."""
+    """Imports that run against ORDER, one line each; a module without a layer is left to `misplaced_modules`."""
     known = {*ORDER, *DOORS, *PACKAGES, *sources}
     wrong = []
     for name, source in sources.items():
@@ -199,8 +181,15 @@ def _is_constant(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
-def test_every_module_has_a_place():
+def test_every_module_has_a_layer_and_every_layer_is_there():
     assert misplaced_modules(list(SOURCES)) == []
+    assert [name for name in ORDER if name not in SOURCES] == [] and len(set(ORDER)) == len(ORDER)
+
+
+def test_the_page_names_files_that_are_there():
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", PAGE))
+    missing = [name for name in named if not (ROOT / PACKAGE / name).is_file() and not (ROOT / name).is_file()]
+    assert len(named) > 30 and missing == []
 
 
 def test_imports_run_one_way():
