@@ -4,6 +4,7 @@
 both. What process N saw of family F is in FOLDER/F/process-N.npz and .json.
 """
 
+import dataclasses
 import faulthandler
 import json
 import resource
@@ -21,6 +22,7 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
+from sami_jax.files import write_json
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.scoring import make_batch
@@ -28,6 +30,7 @@ from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_
 from sami_jax.stages.answers import respond
 from sami_jax.stages.export import convert
 from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.stage import Output, Stage, complete
 from sami_jax.stages.train import abstract_train_state, fresh_state
 from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
 from sami_jax.types import TrainState
@@ -41,6 +44,36 @@ MESHES = {
     "mixtral": MeshConfig(expert=4, tensor=2),
 }
 QUERIES, PROMPTS = 16, ("The post is about", "Human: How do I bake bread?", "Sum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhoWrites(Stage):
+    """Its files hold the number of the process that wrote them."""
+
+    name = "who writes"
+
+    whole: bool
+
+    def make(self, out: Output, safe_point: Callable[[], None]) -> Any:
+        if self.whole:
+            out.build()
+        else:
+            out.begin()
+            assert out.part("part.jsonl", lambda: [jax.process_index()]) == [0]
+        out.write("writer.json", write_json, jax.process_index())
+        out.log({"writer": jax.process_index()})
+        return {}
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    """What this process saw of stages that are completed twice: what it logged, and whether it made them."""
+    logged: list[Any] = []
+    seen = []
+    for name in ("begun", "begun", "whole", "whole"):
+        stage = WhoWrites(whole=name == "whole")
+        done = complete(stage, folder / "stages" / name, safe_point=lambda: None, log=logged.append)
+        seen.append([done.source.fingerprint, done.seconds is not None])
+    return {"logged": logged, "completed": seen}
 
 
 def way_through(
@@ -135,6 +168,7 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
     attempts: dict[str, Callable[[], Any]] = {
         "full disk": full_disk,
         "folder taken": lambda: export(folder / "taken"),
+        "stage's folder taken": lambda: complete(WhoWrites(whole=False), folder / "taken", safe_point=lambda: None),
         "model missing": lambda: load_model(folder / "nowhere" if process else model, config.mesh, "float32"),
         "damaged checkpoint": damaged_checkpoint,
         "values differ": lambda: put_on_devices(np.full(DEVICES, process), batch_sharding(loaded.mesh)),
@@ -158,6 +192,7 @@ def main(port: str, process: int, folder: Path) -> None:
         facts |= {name: placed(state) for name, state in states.items()}
         if family == "mistral":
             facts["failures"] = failures(folder, states["restored"], process)
+            facts |= stages(folder)
             # The untrained weights, of which this process reads its own half.
             model = out / f"model-{process}"
             convert(mesh, model=model, out=out / "converted", dtype="float16", verify=True)

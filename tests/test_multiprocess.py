@@ -230,6 +230,7 @@ def test_a_folder_is_converted(folder):
     [
         ("full disk", "SaveFailedError", "free some space", "Process 0 failed"),
         ("folder taken", "BadDataError", "already holds files", "Process 0 failed"),
+        ("stage's folder taken", "BadDataError", "already holds files", "Process 0 failed"),
         ("model missing", "BadDataError", "Process 1 failed", "There is no model folder"),
         ("damaged checkpoint", "BadDataError", "no checkpoint can be read", "no checkpoint can be read"),
         ("values differ", "AssertionError", "Expected", "Expected"),
@@ -245,3 +246,15 @@ def test_a_failure_leaves_nothing_half_written(folder):
     assert [path.name for path in (folder / "failed").iterdir()] == ["checkpoints"]
     assert [path.name for path in (folder / "failed/checkpoints").iterdir()] == ["damaged-step-1"]
     assert [path.name for path in (folder / "taken").iterdir()] == ["thesis.txt"]
+
+
+def test_a_stage_is_made_once_by_all_and_written_by_one(folder):
+    ours, theirs = (seen(folder, "mistral", process)[1] for process in range(worker.PROCESSES))
+    assert ours["completed"] == theirs["completed"] and [made for _, made in ours["completed"]] == [True, False] * 2
+    assert ours["logged"] == [{"writer": 0}] * 2 and theirs["logged"] == []
+    found = {
+        str(path.relative_to(folder / "stages")): path.read_text()
+        for path in (folder / "stages").rglob("*")
+        if path.is_file() and path.name not in ("DONE.json", "PLAN.json")
+    }
+    assert found == {"begun/part.jsonl": "0\n", "begun/writer.json": "0\n", "whole/writer.json": "0\n"}
