@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from sami_jax.errors import BadConfigError, BadDataError, RunInUseError
 from sami_jax.files import content_hash, file_hash, read_json, write_json
-from sami_jax.outputs import could_not_be_written, refuse_file
+from sami_jax.outputs import check_file, could_not_be_written, is_stream, refuse_file
 
 DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
@@ -93,8 +93,20 @@ def parts_folder(file: Path) -> Path:
     return file.with_name(f"{file.name}.parts")
 
 
-def refuse_foreign_file(file: Path) -> None:
-    """Raises BadDataError if a file exists that no stage made, or began to make: it would be replaced."""
+def check_stage_file(file: Path) -> None:
+    """Refuses a path that a stage cannot write its lines to, before the work; see `outputs.check_file`.
+
+    Raises:
+      BadDataError: a file is there that no stage made, or began to make, or something that is no file.
+      SaveFailedError: it, or its seal, cannot be written.
+    """
+    check_file(file)
+    if not is_stream(file):
+        check_file(_file_seal(file))
+        _refuse_foreign_file(file)
+
+
+def _refuse_foreign_file(file: Path) -> None:
     if file.is_file() and not _file_seal(file).is_file() and not (parts_folder(file) / PLAN).is_file():
         raise BadDataError(f"{file} already exists, and no such command made it; choose another, or delete it.")
 
@@ -111,7 +123,7 @@ def file_stands(file: Path, *, inputs: Any) -> bool:
       BadConfigError: it was made from other inputs.
       BadDataError: no stage made it, or it was changed after its seal.
     """
-    refuse_foreign_file(file)
+    _refuse_foreign_file(file)
     if not file.exists() or (parts_folder(file) / PLAN).is_file():
         return False
     done = read_json(_file_seal(file))

@@ -10,9 +10,9 @@ import pytest
 
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
-from sami_jax.errors import BadConfigError, BadDataError, NonFiniteError, StoppedError
+from sami_jax.errors import BadConfigError, BadDataError, NonFiniteError, SaveFailedError, StoppedError
 from sami_jax.files import read_json, read_jsonl, write_json
-from sami_jax.stage_folder import locked
+from sami_jax.stage_folder import check_stage_file, locked
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export
 from sami_jax.stages.generate import Generate
@@ -195,6 +195,25 @@ class TestCompleteFile:
         file.write_text("0\n1\n4\n9\n16\n")
         complete_file(Squares(count=5, made=made), file, safe_point=go_on)
         assert made == [0, 2, 4] and self.names(tmp_path) == ["squares.jsonl", "squares.jsonl.DONE.json"]
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "says"),
+        [
+            ("folder", BadDataError, "folder is a folder"),
+            ("mine", BadDataError, "mine already exists, and no such command made it"),
+            ("taken", BadDataError, "taken.DONE.json is a folder"),
+            ("n" * 240, SaveFailedError, "File name too long"),  # with what its seal's name has more
+        ],
+    )
+    def test_what_cannot_be_written_or_is_somebodys_is_refused_before_the_work(self, tmp_path, name, kind, says):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "taken.DONE.json").mkdir()
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(kind, match=says):
+            check_stage_file(tmp_path / name)
+        check_stage_file(tmp_path / "new")
+        check_stage_file(pathlib.Path("/dev/null"))
+        assert self.names(tmp_path) == ["mine"]
 
     def test_what_fails_at_once_leaves_nothing(self, tmp_path):
         class Refused(Squares):

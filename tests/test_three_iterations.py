@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from sami_jax.config.run import RunConfig
 from sami_jax.data.prompts import render
-from sami_jax.errors import BadDataError
-from sami_jax.files import read_json, read_jsonl
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.huggingface.opened import load_model
 from sami_jax.run import loop
 from sami_jax.run.single_stages import export_folder
@@ -98,6 +98,16 @@ def test_checkpoints_are_kept_where_asked_and_without_them_both_stages_are_made_
     shutil.rmtree(exported.parent / "train")
     loop.run(config, workdir, say=lambda sentence: None)
     assert (exported / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_that_another_version_began_is_refused(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run[1], workdir)
+    about = read_json(workdir / "RUN.json")
+    write_json(workdir / "RUN.json", about | {"schema_version": 1})
+    with pytest.raises(BadConfigError, match="run was begun by another version of sami_jax"):
+        loop.run(None, workdir, say=lambda sentence: None)
 
 
 @pytest.mark.slow

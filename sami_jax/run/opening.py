@@ -76,7 +76,7 @@ def open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]
 
 def _open_begun(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
     about = read_json(workdir / "RUN.json")
-    if about["schema_version"] != _SCHEMA_VERSION:
+    if about.get("schema_version") != _SCHEMA_VERSION:
         raise BadConfigError(
             f"{workdir} was begun by another version of sami_jax, whose stages this one cannot go on with; finish it "
             "there, or choose another --workdir."

@@ -10,10 +10,10 @@ from sami_jax.errors import BadDataError
 from sami_jax.files import append_jsonl, read_json
 from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
-from sami_jax.outputs import check_file, check_folder, refuse_file
+from sami_jax.outputs import check_folder, refuse_file
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
 from sami_jax.safe_point import stop_on_signal
-from sami_jax.stage_folder import DONE, locked, read_done, refuse_foreign, refuse_foreign_file
+from sami_jax.stage_folder import DONE, check_stage_file, locked, read_done, refuse_foreign
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.generate import Generate, read_prompts
@@ -111,8 +111,7 @@ def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, ro
       BadConfigError: `out`, or its parts, were made from other inputs.
       BadDataError: model or prompts cannot be used, or `out` is another file.
     """
-    check_file(out)
-    refuse_foreign_file(out)
+    check_stage_file(out)
     read_prompts(prompts)  # for what it refuses, before a model is fetched
     source = model_source(fetch_model(model))
     stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows)
@@ -135,8 +134,7 @@ def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) 
       NonFiniteError: a log-prob is NaN or infinite.
     """
     if out:
-        check_file(out)
-        refuse_foreign_file(out)
+        check_stage_file(out)
     read_entries(pairs)  # for what it refuses, before a model is fetched
     stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
     with stop_on_signal() as safe_point:
