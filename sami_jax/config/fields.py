@@ -22,6 +22,17 @@ def setting(
     choices: tuple[str, ...] = (),
     path: bool = False,
 ) -> Any:
+    """A field that is a setting.
+
+    Args:
+      default: its value where none is given, or the class of a section.
+      help: its meaning, for people.
+      at_least: least value.
+      above: a value that it must exceed.
+      below: a value that it must stay under.
+      choices: all values, where they are few.
+      path: whether it names a file or folder.
+    """
     limits = {"at_least": at_least, "above": above, "below": below}
     metadata = {"help": help, **limits, "choices": choices, "path": path}
     if isinstance(default, type):
@@ -45,6 +56,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -53,6 +65,7 @@ class Typed(str):
 
 
 def build_section(kind: type, settings: Any, prefix: str) -> Any:
+    """A section of settings of this kind. Raises BadConfigError with the setting's name, its value and the remedy."""
     if not isinstance(settings, Mapping):
         name = f"config.{prefix}".rstrip(".")
         raise BadConfigError(f"{name} is a section of settings, not a value: {settings!r}.")

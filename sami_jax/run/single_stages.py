@@ -10,7 +10,7 @@ from sami_jax.errors import BadDataError
 from sami_jax.files import append_jsonl, read_json
 from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
-from sami_jax.outputs import check_folder, refuse_file
+from sami_jax.outputs import check_folder, is_stream, refuse_file
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.stage_folder import DONE, check_stage_file, locked, read_done, refuse_foreign
@@ -18,7 +18,7 @@ from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.generate import Generate, read_prompts
 from sami_jax.stages.score import Score
-from sami_jax.stages.stage import complete, complete_file, file_source, model_source
+from sami_jax.stages.stage import FileStage, complete, complete_file, file_source, model_source
 from sami_jax.stages.train import Train, drop_checkpoints
 
 
@@ -115,8 +115,7 @@ def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, ro
     read_prompts(prompts)  # for what it refuses, before a model is fetched
     source = model_source(fetch_model(model))
     stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows)
-    with stop_on_signal() as safe_point:
-        return complete_file(stage, out, safe_point=safe_point)
+    return _completed_lines(stage, out)
 
 
 def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) -> list[Any]:
@@ -137,6 +136,12 @@ def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) 
         check_stage_file(out)
     read_entries(pairs)  # for what it refuses, before a model is fetched
     stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
+    return _completed_lines(stage, out)
+
+
+def _completed_lines(stage: FileStage, out: Path | None) -> list[Any]:
+    if out is None or is_stream(out):  # nothing of it is kept, so that a signal may end it at once
+        return complete_file(stage, out, safe_point=lambda: None)
     with stop_on_signal() as safe_point:
         return complete_file(stage, out, safe_point=safe_point)
 

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -420,3 +422,23 @@ class TestEvaluate:
         queries.write_text(queries.read_text().replace("Post 1", "Another post"))
         with pytest.raises(BadConfigError, match="made from other inputs"):
             self.evaluate(settings, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_signal_ends_at_once_what_keeps_nothing(model, pairs, tmp_path, kept):
+    """The test's own handler stays where there are no parts to go on from; a file's command hears the signal itself."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    alarm = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        out = tmp_path / "scores.jsonl" if kept else pathlib.Path("/dev/null")
+        if kept:
+            with pytest.raises(StoppedError):
+                score_file(config_of(), model=str(model), pairs=pairs, out=out)
+        else:
+            assert len(score_file(config_of(), model=str(model), pairs=pairs, out=out)) == 4 and heard
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
+        signal.signal(signal.SIGTERM, before)
