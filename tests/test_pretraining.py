@@ -312,7 +312,8 @@ def test_stopped_and_killed_between_steps_and_behind_the_seal_it_ends_bitwise_eq
     assert "checkpoints" not in {path.name for path in folder.iterdir()}
 
 
-# Of TINY with BASE_VERSION 1. Where code was changed and these fail, raise BASE_VERSION and write the new values here.
+# Of TINY with BASE_VERSION 1.
+RAISE = "the same settings make another base now: raise BASE_VERSION, and write the new values here"
 DATA_SHA256 = {
     "corpus": "72141ffe3ef05c0a3a92378b77a230df1f56c4cb85f8bb1efc5dafd6c120124e",
     "principles.json": "8b75e74c4cd3ece1241a910ae5ab5b5f1f26af274154f4487abfbf26dd5bb270",
@@ -341,14 +342,14 @@ def test_other_weights_or_data_of_the_same_settings_want_another_base_version(wh
     assert BASE_VERSION == 1
     corpus = "\0".join(itertools.chain(*world.draw_corpus(TINY.seed, TINY.steps * TINY.batch_size)))
     found = {name: file_hash(whole / "data" / name) for name in DATA_SHA256 if name != "corpus"}
-    assert found | {"corpus": hashlib.sha256(corpus.encode()).hexdigest()} == DATA_SHA256
+    assert found | {"corpus": hashlib.sha256(corpus.encode()).hexdigest()} == DATA_SHA256, RAISE
     params = by_name(init_params(base_shape(TINY), jax_key(TINY.seed, "init")))
     assert params.keys() == INITIAL_WEIGHTS.keys()
     for name, values in INITIAL_WEIGHTS.items():
-        np.testing.assert_allclose(params[name].ravel()[:3], values, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(params[name].ravel()[:3], values, rtol=1e-5, err_msg=f"{name}: {RAISE}")
     losses = [line["loss"] for line in read_log(whole / "metrics.jsonl")]
     # Thirty steps of float32, whose sums other versions of XLA may order otherwise.
-    np.testing.assert_allclose((losses[0], losses[-1]), FIRST_AND_LAST_LOSS, rtol=1e-4)
+    np.testing.assert_allclose((losses[0], losses[-1]), FIRST_AND_LAST_LOSS, rtol=1e-4, err_msg=RAISE)
 
 
 def other_version(library: str, name: str, version: Callable[[str], str] = importlib.metadata.version) -> str:
