@@ -120,7 +120,12 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Writes one JSON value a line, atomically."""
-    write_text(path, "".join(canonical_json(record) + "\n" for record in records))
+    write_text(path, jsonl(records))
+
+
+def jsonl(records: Iterable[Any]) -> str:
+    """The text of a file with one JSON value a line."""
+    return "".join(canonical_json(record) + "\n" for record in records)
 
 
 def append_jsonl(path: Path, record: Any) -> None:

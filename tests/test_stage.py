@@ -196,6 +196,18 @@ class TestCompleteFile:
         complete_file(Squares(count=5, made=made), file, safe_point=go_on)
         assert made == [0, 2, 4] and self.names(tmp_path) == ["squares.jsonl", "squares.jsonl.DONE.json"]
 
+    def test_a_file_that_came_there_beside_the_parts_is_refused_and_kept(self, tmp_path):
+        file = tmp_path / "squares.jsonl"
+        with pytest.raises(StoppedError):
+            complete_file(Squares(count=5), file, safe_point=stop_at(1))
+        file.write_text("mine")
+        with pytest.raises(BadDataError, match="squares.jsonl came there meanwhile, with other lines; move it away"):
+            complete_file(Squares(count=5), file, safe_point=go_on)
+        assert file.read_text() == "mine"
+        file.unlink()
+        made: list[int] = []
+        assert complete_file(Squares(count=5, made=made), file, safe_point=go_on) == [0, 1, 4, 9, 16] and made == []
+
     @pytest.mark.parametrize(
         ("name", "kind", "says"),
         [

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from sami_jax import stage_folder
 from sami_jax.config.fields import to_dict
-from sami_jax.files import building, file_hash, read_json, read_jsonl, write_jsonl
+from sami_jax.errors import BadDataError
+from sami_jax.files import building, file_hash, jsonl, read_json, read_jsonl, write_jsonl
 from sami_jax.huggingface.folder import folder_hash, read_config
 from sami_jax.outputs import is_stream
 from sami_jax.processes import agreed, is_writer
@@ -251,6 +252,8 @@ def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint)
             if not file_stands(file, inputs=inputs):
                 with Output(parts, inputs, _no_log) as out:
                     lines = stage.make(out, safe_point)
+                if file.exists() and file.read_bytes() != jsonl(lines).encode():  # not ours, cut off before its seal
+                    raise BadDataError(f"{file} came there meanwhile, with other lines; move it away, then run again.")
                 write_jsonl(file, lines)
                 seal_file(file, inputs=inputs, counts=len(lines))
             shutil.rmtree(parts)
