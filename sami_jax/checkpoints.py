@@ -109,11 +109,12 @@ class Checkpoints:
                     shutil.rmtree(aside, ignore_errors=True)
                     self._step_folder(step).rename(aside)
             self._manager.reload()  # it lists steps once; without this, it would refuse to save this step again
-            print(
-                f"warning: the checkpoint of step {step} is damaged ({reason}); it was set aside as {aside}.",
-                file=sys.stderr,
-                flush=True,
-            )
+            if is_writer():
+                print(
+                    f"warning: the checkpoint of step {step} is damaged ({reason}); it was set aside as {aside}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if steps:
             raise BadDataError(f"{self._folder}: no checkpoint can be read; delete the folder to train from the start.")
         return None

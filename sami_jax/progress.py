@@ -3,9 +3,13 @@
 import sys
 import time
 
+from sami_jax.processes import is_writer
+
 
 class Progress:
     """Prints `title done/total, note, ETA`: in place on a terminal, a line every few seconds in a log.
+
+    Of several processes, which all make the same progress, one prints.
 
     Attributes:
       started: seconds of `time.monotonic` when the work began.
@@ -20,7 +24,7 @@ class Progress:
         """Says that `done` of `total` units are done."""
         now = time.monotonic()
         last, terminal = done >= self.total, sys.stderr.isatty()
-        if not last and now - self._last_print < (0.2 if terminal else self._log_every_s):
+        if not is_writer() or not last and now - self._last_print < (0.2 if terminal else self._log_every_s):
             return
         self._last_print = now
         worked, elapsed = done - self._first, now - self.started

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sami_jax.errors import StoppedError
+from sami_jax.processes import heard, process_count, told
 
 SafePoint = Callable[[], None]  # called where a stage may stop; raises StoppedError when someone asked for it
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[SafePoint]:
-    """Yields the safe point: it raises StoppedError once SIGTERM or Ctrl-C came. A second Ctrl-C ends at once."""
+    """Yields the safe point: it raises StoppedError once SIGTERM or Ctrl-C came. A second Ctrl-C ends at once.
+
+    Of several processes every one calls the safe point, as often as the others; they hear of a signal that any of them
+    got, and all stop at the same one. Call this after `jax.distributed.initialize`, which has a handler of its own.
+    """
     asked: list[str] = []
 
     def ask(number: int, _: Any) -> None:
@@ -27,8 +32,11 @@ def stop_on_signal() -> Iterator[SafePoint]:
         )
 
     def safe_point() -> None:
-        if asked:
-            raise StoppedError(f"Stopped by {asked[0]}; the same command goes on from here.")
+        asked_of = heard(asked[0] if asked else "")
+        if asked_of:
+            process, name = min(asked_of.items())
+            where = f" at process {process}" if process_count() > 1 else ""
+            raise told(StoppedError(f"Stopped by {name}{where}; the same command goes on from here."))
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

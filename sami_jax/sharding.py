@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.errors import BadConfigError
-from sami_jax.types import Params
+from sami_jax.processes import process_count, process_index
+from sami_jax.types import Params, Platform
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # examples are split over these
@@ -31,9 +32,47 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def use_platform(platform: Platform) -> None:
+    """Has JAX compute on a platform; called before anything is computed.
+
+    Raises:
+      BadConfigError: JAX finds another one, or starts no process group that holds all of a pod.
+    """
+    named = getattr(jax.config, "jax_platforms", None)
+    if platform == "cpu" and not named:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:  # JAX_PLATFORMS names what does not start
+        raise BadConfigError(f"JAX starts no platform here ({str(error).partition(chr(10))[0]}).") from error
+    if platform not in ("any", found):
+        raise BadConfigError(
+            f"config.platform is {platform}, but JAX finds {found} here (JAX_PLATFORMS: {named or 'not set'}); install "
+            f"what JAX needs for {platform}, name the platform that is there, or set config.platform=any."
+        )
+    if jax.process_count() != process_count():
+        raise BadConfigError(
+            f"These devices belong to {jax.process_count()} processes; start `sami run --distributed=auto` on "
+            "every host."
+        )
+
+
+def place_of_process(mesh: Mesh) -> str:
+    """Says which process this is, which devices it has, and what the mesh is."""
+    return (
+        f"process {process_index()} of {process_count()}, {jax.local_device_count()} of {jax.device_count()} devices, "
+        f"{jax.default_backend()}, mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
+    )
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the config over the first devices, all of JAX's or others. Raises BadConfigError on too few."""
+    """The mesh of the config over the first devices, all of JAX's or others.
+
+    Raises:
+      BadConfigError: there are too few, or a process has none of them.
+    """
     sizes = tuple(getattr(config, axis) for axis in AXES)
+    ours = devices is None
     devices = jax.devices() if devices is None else devices
     needed = math.prod(sizes)
     if needed > len(devices):
@@ -41,6 +80,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh asks for {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))} = "
             f"{needed} devices, but there are {len(devices)}; lower config.mesh, or on CPU set "
             f"JAX_NUM_CPU_DEVICES={needed}."
+        )
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}
+    if ours and idle:
+        raise BadConfigError(
+            f"config.mesh asks for {needed} of {len(devices)} devices, and leaves none to process {min(idle)}; raise "
+            "config.mesh, or start fewer processes."
         )
     # Auto: the compiler propagates shardings from parameters and batch; make_mesh alone would default to Explicit.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])

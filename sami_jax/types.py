@@ -9,6 +9,7 @@ Array = jax.Array
 Normalize = Literal["mean", "sum"]  # a response's log-prob over its tokens
 Boundary = Literal["exact", "authors"]  # between prompt and response, in tokens
 Dtype = Literal["float32", "bfloat16"]
+Platform = Literal["any", "cpu", "gpu", "tpu"]
 Remat = Literal["none", "dots", "full"]  # what of a layer the backward pass recomputes: nothing, all but matmuls, all
 Params = Any  # nested dict of arrays, as `model.decoder.Decoder` splits into
 

@@ -7,7 +7,9 @@ both. What process N saw of family F is in FOLDER/F/process-N.npz and .json.
 import dataclasses
 import faulthandler
 import json
+import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,13 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
+from sami_jax.errors import BadDataError
 from sami_jax.files import write_json
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
+from sami_jax.processes import agreed, check_same, from_writer
+from sami_jax.run.agreement import check_seen
+from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_on_devices
 from sami_jax.stages.answers import respond
@@ -165,7 +171,24 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
             gather(put_on_devices(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
             checkpoints.restore_latest(abstract_train_state(loaded, config.train))
 
+    def crossed() -> None:
+        with agreed():
+            if process == 1:
+                raise BadDataError("alone")
+            from_writer(lambda: "heard where the other was to end its block")
+
+    def asked_to_stop() -> None:
+        with stop_on_signal() as safe_point:
+            safe_point()
+            if process == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            safe_point()
+
     attempts: dict[str, Callable[[], Any]] = {
+        "crossed": crossed,
+        "facts differ": lambda: check_same({"train": {"steps": process, "passes": 1}}, remedy="Mend it."),
+        "folder unseen": lambda: check_seen(out / ("elsewhere" if process else "seen")),
+        "asked to stop": asked_to_stop,
         "full disk": full_disk,
         "folder taken": lambda: export(folder / "taken"),
         "stage's folder taken": lambda: complete(WhoWrites(whole=False), folder / "taken", safe_point=lambda: None),

@@ -70,7 +70,9 @@ def whole_run(flags, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     done = finished("run", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert re.match(rf"{workdir} will need up to [1-9].* MB more .*; .* are free", done.stdout)
+    place, disk = done.stdout.splitlines()[:2]
+    assert re.fullmatch(r"process 0 of 1, (\d+) of \1 devices, cpu, mesh data=1 fsdp=1 expert=1 tensor=1", place)
+    assert re.match(rf"{workdir} will need up to [1-9].* MB more .*; .* are free", disk)
     return workdir
 
 

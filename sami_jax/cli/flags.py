@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 from sami_jax.config.fields import describe_fields, no_local_path
 from sami_jax.config.run import RunConfig, load_config
 from sami_jax.errors import BadConfigError, ExitCode
+from sami_jax.process_group import Place, read_place
 
+AUTO = "auto"  # JAX finds the cluster
 EXIT_CODES = (
     "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite, no memory or internal, "
     "73 run directory in use, 74 could not save or download, 75 stopped safely (run it again), "
@@ -75,6 +77,14 @@ def local_name(text: str) -> str:
 def local_path(text: str) -> Path:
     """The type of an argument that is a path: no store's."""
     return Path(local_name(text))
+
+
+def place(text: str) -> Place | str:
+    """The type of an argument that names a process of a group: AUTO, or HOST:PORT,N,I."""
+    try:
+        return text if text == AUTO else read_place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def load_settings(arguments: argparse.Namespace) -> RunConfig:

@@ -9,6 +9,7 @@ from sami_jax.cli.flags import EXIT_CODES, Parser, overrides_of, refuse_unread
 from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
 from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
 from sami_jax.errors import ExitCode, SamiError, exit_code, is_out_of_memory
+from sami_jax.process_group import explained, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.config_overrides = overrides_of(rest, parser)
         refuse_unread(known)
         known.function(known)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        error = explained(raised)
         sentence = str(error)
         if isinstance(error, KeyboardInterrupt):
             sentence = "interrupted."
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             sentence = "this is a defect of sami_jax; please report the lines above."
         print(f"sami {known.command}: {sentence}", file=sys.stderr, flush=True)
+        leave(error, sentence)
         return int(exit_code(error))
     return ExitCode.DONE
 

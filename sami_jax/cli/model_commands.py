@@ -23,6 +23,7 @@ def add_generate(commands: Any) -> None:
             "sampling.round_prompt_tokens_to",
             "compute_dtype",
             "mesh.",
+            "platform",
         ),
     )
     add_model(parser)
@@ -63,6 +64,7 @@ def add_score(commands: Any) -> None:
             "prompts.boundary",
             "compute_dtype",
             "mesh.",
+            "platform",
         ),
     )
     add_model(parser)
@@ -103,7 +105,7 @@ def add_train(commands: Any) -> None:
         "sami train --model=DIR --pairs=pairs.json --out=trained --config.train.steps='(4,)' "
         "--config.train.learning_rate=5e-7 --config.train.queries_per_step=128",
         _train,
-        ("seed", "train.", "prompts.boundary", "compute_dtype", "mesh."),
+        ("seed", "train.", "prompts.boundary", "compute_dtype", "mesh.", "platform"),
     )
     add_model(parser)
     parser.add_argument(
@@ -149,6 +151,7 @@ def add_evaluate(commands: Any) -> None:
             "train.round_tokens_to",
             "evaluation.",
             "mesh.",
+            "platform",
             "pretraining.",
         ),
     )

@@ -1,10 +1,13 @@
 """The commands of a run: run it, make its base, show it, hand on its weights."""
 
 import argparse
+import os
 from typing import Any
 
-from sami_jax.cli.flags import command, load_settings, local_name, local_path, positive_int
+from sami_jax.cli.flags import AUTO, command, load_settings, local_name, local_path, place, positive_int
 from sami_jax.errors import BadConfigError
+from sami_jax.process_group import JOIN_S, find_place, joined, place_in_environment
+from sami_jax.processes import is_writer
 
 
 def add_run(commands: Any) -> None:
@@ -22,6 +25,22 @@ def add_run(commands: Any) -> None:
     parser.add_argument(
         "--workdir", required=True, type=local_path, help="run directory; an unfinished one is continued"
     )
+    parser.add_argument(
+        "--distributed",
+        type=place,
+        default=place_in_environment(os.environ),
+        metavar="PLACE",
+        help="run as one of several processes, which share the devices: `auto` on TPU VMs, GKE and SLURM, or "
+        "HOST:PORT,N,I for process I of N, whose process 0 is at HOST:PORT (default: what SAMI_COORDINATOR, "
+        "SAMI_NUM_PROCESSES and SAMI_PROCESS_ID say, else one process)",
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=positive_int,
+        default=JOIN_S,
+        metavar="SECONDS",
+        help=f"for all processes to come (default {JOIN_S})",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -31,8 +50,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from sami_jax.report.tables import summary_table
     from sami_jax.run.loop import run
 
-    page = run(config, arguments.workdir)
-    print(f"\n{summary_table(arguments.workdir)}\nReport: {page}")
+    timeout_s = arguments.join_timeout
+    where = find_place(timeout_s) if arguments.distributed == AUTO else arguments.distributed
+    with joined(where, timeout_s=timeout_s):
+        page = run(config, arguments.workdir)
+        if is_writer():
+            print(f"\n{summary_table(arguments.workdir)}\nReport: {page}", flush=True)
 
 
 def add_pretrain(commands: Any) -> None:

@@ -15,7 +15,7 @@ from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.files import read_json
-from sami_jax.types import Dtype
+from sami_jax.types import Dtype, Platform
 
 PRETRAINED = "{pretrained}"  # in a path: the folder that the pretraining section makes
 
@@ -33,6 +33,11 @@ class RunConfig:
         "float32",
         "of activations and matmuls; softmax, norms, router, logits and losses are float32 in any case",
         choices=("float32", "bfloat16"),
+    )
+    platform: Platform = setting(
+        "any",
+        "what must compute: where JAX finds another platform, the command ends instead of falling back to it",
+        choices=("any", "cpu", "gpu", "tpu"),
     )
     queries: QueriesConfig = setting(QueriesConfig, "")
     constitutions: ConstitutionsConfig = setting(ConstitutionsConfig, "")

@@ -60,17 +60,22 @@ def pretrain(config: PretrainingConfig, *, safe_point: SafePoint) -> Path:
       A folder with `model/` (Hugging Face), `data/principles.json`, `data/train.jsonl`, `data/validation.jsonl`,
       `data/test.jsonl`, `metrics.jsonl` and DONE.json.
     """
-    folder, inputs = pretrained_folder(config), _deciding(config)
+    folder = pretrained_folder(config)
     # A finished folder is not locked, so that any number of runs may read it at once.
-    if seal_of(folder, inputs=inputs) is None:
+    if not is_finished(config):
         with locked(folder):
-            if seal_of(folder, inputs=inputs) is None:
+            if not is_finished(config):
                 _make(config, folder, safe_point)
     check_sealed(folder)
     # Delete them only behind the seal, since a kill before it would repeat all steps; at each call, since a kill may
     # have come in the middle of this line.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
+
+
+def is_finished(config: PretrainingConfig) -> bool:
+    """Whether the base stands. Raises BadDataError where it was changed since."""
+    return seal_of(pretrained_folder(config), inputs=_deciding(config)) is not None
 
 
 def base_shape(config: PretrainingConfig) -> DecoderConfig:

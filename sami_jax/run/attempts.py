@@ -6,9 +6,12 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
-from sami_jax.files import write_json
+from sami_jax.files import content_hash, file_hash, write_json
+from sami_jax.process_group import explained, told_of_the_end
+from sami_jax.processes import process_count
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -20,8 +23,8 @@ def attempt(workdir: Path) -> Iterator[None]:
     number = 1 + max((int(path.stem) for path in _records(folder)), default=0)
     record = {
         "argv": sys.argv,
-        "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        **code_version(),
+        "processes": process_count(),
         "started": time_now(),
         "ended": None,
         "exit_code": None,
@@ -30,16 +33,33 @@ def attempt(workdir: Path) -> Iterator[None]:
     path = folder / f"{number:04d}.json"
     write_json(path, record)
     code, reason = int(ExitCode.DONE), "done"
+
+    def ended(code: int, reason: str) -> None:
+        write_json(path, {**record, "ended": time_now(), "exit_code": code, "reason": reason})
+
     try:
-        yield
+        with told_of_the_end(ended):
+            yield
     except SamiError as error:
         code, reason = exit_code(error), str(error)
         raise
-    except BaseException as error:
-        code, reason = exit_code(error), f"{type(error).__name__}: {error}"
+    except BaseException as raised:
+        cause = explained(raised)
+        code, reason = exit_code(cause), f"{type(cause).__name__}: {cause}"
         raise
     finally:
-        write_json(path, {**record, "ended": time_now(), "exit_code": code, "reason": reason})
+        ended(code, reason)
+
+
+def code_version() -> dict[str, Any]:
+    """Python, libraries and this package's text, to compare processes and attempts by."""
+    package = Path(__file__).parents[1]
+    sources = [(str(path.relative_to(package)), file_hash(path)) for path in sorted(package.rglob("*.py"))]
+    return {
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "sami_jax": content_hash(sources)[:16],
+    }
 
 
 @contextlib.contextmanager

@@ -1,25 +1,29 @@
 """The loop of Algorithm 1 over a run directory: each stage completed once, resumed where it was left."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sami_jax.config.run import RunConfig, check_training
 from sami_jax.files import append_jsonl
+from sami_jax.processes import agreed, enter_once, from_writer, is_writer
 from sami_jax.report.page import write_report
+from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
 from sami_jax.run.attempts import attempt, forgotten_if_refused, has_begun, time_now
-from sami_jax.run.opening import check_queries, needs_pretraining, open_run, with_pretrained
+from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
 from sami_jax.safe_point import SafePoint, stop_on_signal
+from sami_jax.sharding import make_mesh, place_of_process, use_platform
 from sami_jax.stage_folder import locked
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export
 from sami_jax.stages.sample import Sample
-from sami_jax.stages.stage import Source, Stage, complete, file_source, model_source
+from sami_jax.stages.stage import Source, Stage, complete
 from sami_jax.stages.train import Train, drop_checkpoints
 
 
 def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] = print) -> Path:
-    """Runs SAMI, or what is left of it, and writes the report.
+    """Runs SAMI, or what is left of it, and writes the report. Each of several processes calls this.
 
     Args:
       config: the settings, or None to go on with those the run directory was started with.
@@ -34,37 +38,52 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
       RunInUseError: another process works on it.
       StoppedError: someone asked it to stop; the same command goes on from here.
     """
-    if config is not None:
-        check_training(config, iterations=config.iterations)
-    with locked(workdir):
+    with agreed():
+        if config is not None:
+            check_training(config, iterations=config.iterations)
+    with contextlib.ExitStack() as stack:
+        enter_once(stack, locked(workdir))
+        check_seen(workdir)
+        check_alike(config)
+        config = config or begun_config(workdir)
+        with agreed():
+            use_platform(config.platform)
+            say(place_of_process(make_mesh(config.mesh)))
+        say = say if is_writer() else _say_nothing
         config = open_run(config, workdir, say)
-        to_check = needs_pretraining(config) and not has_begun(workdir)
+        to_check = needs_pretraining(config) and not from_writer(lambda: has_begun(workdir))
         # Handle signals only from here on: a download has no safe points, and SIGTERM should end it.
-        with stop_on_signal() as safe_point, forgotten_if_refused(workdir), attempt(workdir):
-            config = with_pretrained(config, safe_point)
-            if to_check:
-                check_queries(config, iterations=config.iterations)
-            return _Run(config, workdir, safe_point, say).finish()
+        safe_point = stack.enter_context(stop_on_signal())
+        enter_once(stack, forgotten_if_refused(workdir))
+        enter_once(stack, attempt(workdir))
+        config = with_pretrained(config, safe_point)
+        given = read_given(config)
+        if to_check:
+            check_queries(config, iterations=config.iterations)
+        return _Run(config, given, workdir, safe_point, say).finish()
+
+
+def _say_nothing(sentence: str) -> None: ...
 
 
 class _Run:
     """One attempt at a run; holds what its stages share."""
 
-    def __init__(self, config: RunConfig, workdir: Path, safe_point: SafePoint, say: Callable[[str], None]):
-        self._config, self._workdir, self._safe_point, self._say = config, workdir, safe_point, say
+    def __init__(
+        self, config: RunConfig, given: Given, workdir: Path, safe_point: SafePoint, say: Callable[[str], None]
+    ):
+        self._config, self._given, self._workdir, self._safe_point, self._say = config, given, workdir, safe_point, say
         self._has_worked = False
 
     def finish(self) -> Path:
         """Completes every stage in order, then writes the report."""
-        config = self._config
-        base = model = model_source(Path(config.model))
-        principles = file_source(Path(config.constitutions.principles))
-        asked, tested = (file_source(Path(name)) for name in (config.queries.train, config.queries.evaluation))
-        given: dict[str, Any] = {"base": base, "queries": tested, "principles": principles}
+        config, principles = self._config, self._given.principles
+        base = model = self._given.model
+        given: dict[str, Any] = {"base": base, "queries": self._given.evaluation, "principles": principles}
         baseline = self._complete(0, "eval", Evaluate.of(config, 0, model=base, baseline=None, **given))
         baseline = Source(baseline.path / "results.jsonl", baseline.fingerprint)
         for i in range(1, config.iterations + 1):
-            sample = Sample.of(config, i, model=model, queries=asked, principles=principles)
+            sample = Sample.of(config, i, model=model, queries=self._given.train, principles=principles)
             sampled = self._complete(i, "sample", sample)
             pairs = Source(sampled.path / "pairs.json", sampled.fingerprint)
             trained = self._complete(i, "train", Train.of(config, i, base=base, pairs=pairs))
@@ -72,11 +91,16 @@ class _Run:
             drop_checkpoints(config.train, trained=trained.path)
             self._complete(i, "eval", Evaluate.of(config, i, model=model, baseline=baseline, **given))
         page = self._workdir / "report" / "index.html"
+        with agreed():
+            if is_writer():
+                self._report(page)
+        return page
+
+    def _report(self, page: Path) -> None:
         if self._has_worked or not page.exists():
-            page = write_report(self._workdir)
+            write_report(self._workdir)
         else:
             self._say(f"This run is finished; nothing to do. Its report: {page}")
-        return page
 
     def _complete(self, iteration: int, name: str, stage: Stage) -> Source:
         """Completes a stage in its folder of the run directory. Returns the folder."""
@@ -86,5 +110,6 @@ class _Run:
         if done.seconds is not None:
             self._has_worked = True
             event = {"event": "stage_done", "iteration": iteration, "stage": name, "seconds": round(done.seconds, 3)}
-            append_jsonl(self._workdir / "events.jsonl", {**event, "time": time_now()})
+            if is_writer():
+                append_jsonl(self._workdir / "events.jsonl", {**event, "time": time_now()})
         return done.source

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from sami_jax.files import content_hash, read_json, write_json
 from sami_jax.huggingface.folder import find_weights, read_config
 from sami_jax.huggingface.hub import fetch_model, model_name
 from sami_jax.huggingface.opened import open_model
+from sami_jax.miniature.apart import pretrain_apart
 from sami_jax.miniature.pretraining import base_shape, pretrain
 from sami_jax.model.decoder import sharded_params
 from sami_jax.model.shape import DecoderConfig
+from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.attempts import time_now
 from sami_jax.safe_point import SafePoint
 from sami_jax.sharding import make_mesh
@@ -33,16 +35,18 @@ from sami_jax.training import pairs_needed
 _SCHEMA_VERSION = 2  # of a run directory; raised where stages that were begun before could not go on
 
 
-def open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
+def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> RunConfig:
     """Begins a run, or finds that it is the one begun before. Nothing is written where it is refused.
 
     RUN.json and config.json are written once, and compared afterwards. RUN.json keeps the commit of a model's name on
     the Hub: what moves there later does not change the run.
 
     Args:
-      config: the settings, or None for those the run was begun with.
+      config: the settings.
       workdir: the run directory, which exists.
       say: takes sentences for the person who watches.
+
+    Every process calls this; process 0 alone writes, and downloads.
 
     Returns:
       The config, its model a folder, fetched where it was a name.
@@ -52,10 +56,8 @@ def open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]
       BadDataError: a file cannot be used.
       SaveFailedError: the disk is too small.
     """
-    if (workdir / "config.json").exists():
+    if from_writer(lambda: (workdir / "config.json").exists()):
         return _open_begun(config, workdir, say)
-    if config is None:
-        raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
     found = with_files(config, iterations=config.iterations)
     _check_disk(found, workdir, say)
     if not needs_pretraining(found):
@@ -69,23 +71,33 @@ def open_run(config: RunConfig | None, workdir: Path, say: Callable[[str], None]
         "model": model_name(Path(found.model)) if Path(found.model) != Path(config.model) else config.model,
         "config_sha256": content_hash(plain),
     }
-    write_json(workdir / "RUN.json", about)
-    write_json(workdir / "config.json", plain)  # last: where it stands, the run has begun
+    with agreed():
+        if is_writer():
+            write_json(workdir / "RUN.json", about)
+            write_json(workdir / "config.json", plain)  # last: where it stands, the run has begun
     return found
 
 
-def _open_begun(config: RunConfig | None, workdir: Path, say: Callable[[str], None]) -> RunConfig:
+def begun_config(workdir: Path) -> RunConfig:
+    """The settings that a run directory was begun with. Raises BadConfigError where it holds no run."""
+    if not from_writer(lambda: (workdir / "config.json").exists()):
+        raise BadConfigError(f"{workdir} holds no run to go on with; start one with --config=configs/....py.")
+    return from_dict(read_json(workdir / "config.json"))  # a setting that was not there yet had its default
+
+
+def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> RunConfig:
     about = read_json(workdir / "RUN.json")
     if about.get("schema_version") != _SCHEMA_VERSION:
         raise BadConfigError(
             f"{workdir} was begun by another version of sami_jax, whose stages this one cannot go on with; finish it "
             "there, or choose another --workdir."
         )
-    begun = from_dict(read_json(workdir / "config.json"))  # a setting that was not there yet had its default
-    changed = [] if config is None else list(_differences(to_dict(begun), to_dict(config), ""))
+    begun = begun_config(workdir)
+    changed = differences(to_dict(begun), to_dict(config))
     if changed:
+        named = "; ".join(f"{name}: {before!r} -> {after!r}" for name, (before, after) in changed.items())
         raise BadConfigError(
-            f"{workdir} was started with other settings ({'; '.join(changed)}); choose another --workdir for the new "
+            f"{workdir} was started with other settings ({named}); choose another --workdir for the new "
             "ones, or leave out --config to go on with the old."
         )
     found = with_files(dataclasses.replace(begun, model=about["model"]), iterations=begun.iterations)
@@ -122,7 +134,7 @@ def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
         _evaluation_tasks(config)  # for what it refuses, before anything is written
     if PRETRAINED not in config.model:
-        folder = fetch_model(config.model)
+        folder = Path(from_writer(lambda: str(fetch_model(config.model))))
         read_config(folder)
         find_weights(folder)
         config = dataclasses.replace(config, model=str(folder))
@@ -176,7 +188,8 @@ def with_pretrained(config: RunConfig, safe_point: SafePoint) -> RunConfig:
     """The config with `{pretrained}` in its paths replaced by the base's folder, made first if it is missing."""
     if not needs_pretraining(config):
         return config
-    folder = str(pretrain(config.pretraining, safe_point=safe_point))
+    make = pretrain if process_count() == 1 else pretrain_apart
+    folder = str(make(config.pretraining, safe_point=safe_point))
     return from_dict(_replaced(to_dict(config), folder))
 
 
@@ -202,14 +215,6 @@ def _check_disk(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
     )
     if sentence:
         say(sentence)
-
-
-def _differences(before: Any, after: Any, prefix: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _differences(before.get(key), after.get(key), f"{prefix}{key}.")
-    elif before != after:
-        yield f"{prefix.rstrip('.')}: {before!r} -> {after!r}"
 
 
 def _replaced(value: Any, folder: str) -> Any:

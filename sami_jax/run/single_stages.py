@@ -13,6 +13,7 @@ from sami_jax.huggingface.hub import fetch_model
 from sami_jax.outputs import check_folder, is_stream, refuse_file
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
 from sami_jax.safe_point import stop_on_signal
+from sami_jax.sharding import use_platform
 from sami_jax.stage_folder import DONE, check_stage_file, locked, read_done, refuse_foreign
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export, convert
@@ -39,6 +40,7 @@ def train_folder(config: RunConfig, *, model: str, pairs: Path, out: Path) -> Pa
       BadDataError: model or pairs cannot be used, or `out` holds something else.
     """
     check_training(config, iterations=1)
+    use_platform(config.platform)
     read_entries(pairs)  # for what it refuses, before a model is fetched
     refuse_file(out)
     out = Path(os.path.realpath(out))
@@ -75,6 +77,7 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
       BadDataError: a folder cannot be used.
     """
     refuse_foreign(out)
+    use_platform(config.platform)
     config = with_files(config, iterations=0)
     check_mesh(config)
     folder = fetch_model(model)
@@ -112,6 +115,7 @@ def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, ro
       BadDataError: model or prompts cannot be used, or `out` is another file.
     """
     check_stage_file(out)
+    use_platform(config.platform)
     read_prompts(prompts)  # for what it refuses, before a model is fetched
     source = model_source(fetch_model(model))
     stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows)
@@ -134,6 +138,7 @@ def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) 
     """
     if out:
         check_stage_file(out)
+    use_platform(config.platform)
     read_entries(pairs)  # for what it refuses, before a model is fetched
     stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
     return _completed_lines(stage, out)

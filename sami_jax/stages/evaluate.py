@@ -116,23 +116,15 @@ class Evaluate(Stage):
         same = self.model.path == self.base.path
         base_params = loaded.params if same else load_model(self.base.path, self.mesh, self.compute_dtype).params
         out.begin()
-        results: list[QueryResult] = []
-        splits: dict[str, Any] = {}
+        scored: list[QueryResult] = []
         for split, tasks in all_tasks.items():
             answers = self._answers(loaded, split, tasks, out, safe_point)
-            found = self._results(loaded, base_params, split, tasks, answers)
-            splits[split] = summarize(found, None if baseline is None else [r for r in baseline if r.split == split])
-            splits[split]["judge"] = self.evaluation.judge if judge_by_name(self.evaluation.judge) else None
-            results += found
-        summary = {
-            "iteration": self.iteration,
-            "normalize": self.scoring.normalize,
-            "ceiling_nats": math.log(self.constitutions.count),
-            "splits": splits,
-        }
+            scored += self._scored(loaded, base_params, split, tasks, answers)
+        every_task = [task for tasks in all_tasks.values() for task in tasks]
+        results = out.alone(lambda: self._judged(scored, every_task)) or []
         out.write("results.jsonl", write_results, results)
-        out.write("summary.json", write_json, summary)
-        return {name: split["n_queries"] for name, split in splits.items()}
+        out.write("summary.json", write_json, out.alone(lambda: self._summary(results, baseline)))
+        return {split: len(tasks) for split, tasks in all_tasks.items()}
 
     def tasks(self) -> dict[str, list[Task]]:
         """The queries and constitutions of each split; see `evaluation_tasks`."""
@@ -158,7 +150,7 @@ class Evaluate(Stage):
             safe_point()
         return answers
 
-    def _results(
+    def _scored(
         self,
         loaded: LoadedModel,
         base_params: Params,
@@ -174,12 +166,10 @@ class Evaluate(Stage):
         for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
             if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
                 raise NonFiniteError(f"The log-probs of query {pair.example_id} are not finite; a model is damaged.")
-        judge = judge_by_name(self.evaluation.judge)
         results = []
         rows = zip(tasks, pairs, ours, bases, query_mi_nats(ours), strict=True)
         for task, pair, logps, base_logps, mi_nats in rows:
             scored = all(pair.response_ids)  # an empty response has no log-prob; such queries are counted, not averaged
-            judged = zip(task.constitutions, pair.responses, strict=True)
             results.append(
                 QueryResult(
                     split=split,
@@ -191,10 +181,34 @@ class Evaluate(Stage):
                     logps=logps if scored else None,
                     base_logps=np.diagonal(base_logps) if scored else None,
                     mi_nats=float(mi_nats) if scored else None,
-                    verdicts=[judge.judge(task.query, c, response) for c, response in judged] if judge else None,
+                    verdicts=None,
                 )
             )
         return results
+
+    def _judged(self, results: Sequence[QueryResult], tasks: Sequence[Task]) -> list[QueryResult]:
+        judge = judge_by_name(self.evaluation.judge)
+        if judge is None:
+            return list(results)
+        judged = []
+        for result, task in zip(results, tasks, strict=True):
+            answers = zip(task.constitutions, result.responses, strict=True)
+            verdicts = [judge.judge(task.query, constitution, response) for constitution, response in answers]
+            judged.append(dataclasses.replace(result, verdicts=verdicts))
+        return judged
+
+    def _summary(self, results: Sequence[QueryResult], baseline: Sequence[QueryResult] | None) -> dict[str, Any]:
+        splits = {}
+        for name in dict.fromkeys(result.split for result in results):
+            ours, bases = ([r for r in of or [] if r.split == name] for of in (results, baseline))
+            splits[name] = summarize(ours, None if baseline is None else bases)
+            splits[name]["judge"] = self.evaluation.judge if judge_by_name(self.evaluation.judge) else None
+        return {
+            "iteration": self.iteration,
+            "normalize": self.scoring.normalize,
+            "ceiling_nats": math.log(self.constitutions.count),
+            "splits": splits,
+        }
 
     def _read_baseline(self, path: Path, tasks: dict[str, list[Task]]) -> list[QueryResult]:
         """The base's results. Raises BadDataError where they answer other tasks or were not judged alike."""

@@ -7,18 +7,19 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from sami_jax import stage_folder
 from sami_jax.config.fields import to_dict
 from sami_jax.errors import BadDataError
-from sami_jax.files import building, file_hash, jsonl, read_json, read_jsonl, write_jsonl
+from sami_jax.files import building, file_hash, jsonl, read_jsonl, write_jsonl
 from sami_jax.huggingface.folder import folder_hash, read_config
 from sami_jax.outputs import is_stream
-from sami_jax.processes import agreed, is_writer
+from sami_jax.processes import agreed, from_writer, is_writer
 from sami_jax.safe_point import SafePoint
-from sami_jax.stage_folder import DONE, file_stands, locked, parts_folder, seal_file
+from sami_jax.stage_folder import file_stands, locked, parts_folder, seal_file
 
+T = TypeVar("T")
 Log = Callable[[dict[str, Any]], None]  # takes one line of metrics.jsonl
 
 
@@ -148,21 +149,32 @@ class Output:
         return read_jsonl(self.folder / name)
 
     def stands(self, name: str) -> bool:
-        """Whether a part was written before."""
-        return self._folder is not None and (self._folder / name).exists()
+        """Whether a part was written before. Every process asks, and hears what the one that writes sees."""
+        folder = self._folder
+        return folder is not None and from_writer(lambda: (folder / name).exists())
+
+    def alone(self, make: Callable[[], T]) -> T | None:
+        """What the one process makes that also writes: what costs money, or time, is done once. None in the others."""
+        with agreed():
+            return make() if is_writer() else None
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
         if is_writer():
             self._log(record)
 
-    def seal(self, stage: Stage, counts: Any) -> None:
-        """Declares the stage complete, and moves what was built to the stage's folder."""
-        with agreed():
-            if is_writer():
-                outside, made_of = stage.outside, stage.made_of
-                stage_folder.seal(self.folder, inputs=self._inputs, counts=counts, outside=outside, made_of=made_of)
-                self._stack.close()
+    def seal(self, stage: Stage, counts: Any) -> str:
+        """Declares the stage complete, and moves what was built to the stage's folder. Returns its fingerprint."""
+
+        def sealed() -> str:
+            outside, made_of = stage.outside, stage.made_of
+            fingerprint = stage_folder.seal(
+                self.folder, inputs=self._inputs, counts=counts, outside=outside, made_of=made_of
+            )
+            self._stack.close()
+            return fingerprint
+
+        return from_writer(sealed)
 
     def __enter__(self) -> "Output":
         return self
@@ -201,18 +213,15 @@ def complete(stage: Stage, folder: Path, *, safe_point: SafePoint, log: Log = _n
       BadDataError: an output was changed after the seal, or `folder` holds files that no stage began with.
       SamiError: what the stage raises.
     """
-    inputs = stage.inputs()
-    with agreed():
-        if is_writer():
-            stage_folder.seal_of(folder, inputs=inputs)
-    seconds = None
-    if not (folder / DONE).is_file():
+    inputs, seconds = stage.inputs(), None
+    fingerprint = from_writer(lambda: stage_folder.seal_of(folder, inputs=inputs))
+    if fingerprint is None:
         safe_point()
         started = time.monotonic()
         with Output(folder, inputs, log) as out:
-            out.seal(stage, stage.make(out, safe_point))
+            fingerprint = out.seal(stage, stage.make(out, safe_point))
         seconds = time.monotonic() - started
-    return Completed(Source(folder, read_json(folder / DONE)["fingerprint"]), seconds)
+    return Completed(Source(folder, fingerprint), seconds)
 
 
 class FileStage(Stage):

@@ -18,6 +18,7 @@ from sami_jax.data.pairs import Pair, read_pairs
 from sami_jax.errors import BadDataError, NonFiniteError, enough_memory
 from sami_jax.files import write_json
 from sami_jax.huggingface.opened import OpenModel, open_model
+from sami_jax.processes import is_writer
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.scoring import batch_widths, make_batch
@@ -90,7 +91,7 @@ class Train(Stage):
         opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat)
         pairs = self._read_pairs(opened)
         # Read the weights before the folder is begun, so that weights that are refused leave nothing behind.
-        fresh = None if (out.folder / "checkpoints").is_dir() else fresh_state(opened, train)
+        fresh = None if out.stands("checkpoints") else fresh_state(opened, train)
         reference = opened.load(self.compute_dtype) if train.kl_beta > 0 else None
         out.begin()
         batches = _Batches(self, pairs, opened)
@@ -223,5 +224,5 @@ def _rounded_weights(train: TrainConfig) -> str:
 
 def drop_checkpoints(train: TrainConfig, *, trained: Path) -> None:
     """Deletes the checkpoints of a finished training whose exported model stands, unless they are to be kept."""
-    if not train.keep_checkpoints:
+    if is_writer() and not train.keep_checkpoints:
         shutil.rmtree(trained / "checkpoints", ignore_errors=True)  # what is left of it goes at the next start

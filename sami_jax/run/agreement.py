@@ -1,0 +1,78 @@
+"""What several processes agree on before a run's first stage: one disk, one config, the same code, model and data."""
+
+import socket
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from sami_jax.config.fields import to_dict
+from sami_jax.config.run import RunConfig
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.files import read_json, write_json
+from sami_jax.processes import agreed, check_same, from_writer, is_writer, process_count
+from sami_jax.run.attempts import code_version
+from sami_jax.stages.stage import Source, file_source, model_source
+
+
+class Given(NamedTuple):
+    """The files that a run is given, by their contents."""
+
+    model: Source
+    train: Source
+    evaluation: Source
+    principles: Source
+
+
+def check_seen(workdir: Path) -> None:
+    """Raises BadConfigError in every process where one does not see what process 0 writes into the run directory."""
+    if process_count() == 1:
+        return
+    nonce = uuid.uuid4().hex
+
+    def written() -> list[str]:
+        write_json(workdir / f".{nonce}.tmp", nonce)
+        return [f".{nonce}.tmp", nonce]
+
+    name, content = from_writer(written)
+    try:
+        with agreed():
+            if _seen(workdir / name) != content:
+                raise BadConfigError(
+                    f"{socket.gethostname()} does not see in {workdir} what process 0 writes there; mount one disk for "
+                    "--workdir, model and data on all hosts (NFS, a bucket with gcsfuse or its like)."
+                )
+    finally:
+        if is_writer():
+            (workdir / name).unlink(missing_ok=True)
+
+
+def _seen(path: Path) -> object:
+    try:
+        return read_json(path)
+    except (BadDataError, OSError):
+        return None
+
+
+def check_alike(config: RunConfig | None) -> None:
+    """Raises BadConfigError in every process where one has other settings, other code or other libraries."""
+    facts = {**code_version(), "config": None if config is None else to_dict(config)}
+    check_same(facts, remedy="Install the same on all hosts, and start all processes with the same command.")
+
+
+def read_given(config: RunConfig) -> Given:
+    """The run's model and data, hashed by each process.
+
+    Raises:
+      BadConfigError: in every process where one has other contents.
+      BadDataError: a file cannot be read.
+    """
+    with agreed():
+        given = Given(
+            model=model_source(Path(config.model)),
+            train=file_source(Path(config.queries.train)),
+            evaluation=file_source(Path(config.queries.evaluation)),
+            principles=file_source(Path(config.constitutions.principles)),
+        )
+    facts = {f"the content of {source.path}": source.fingerprint for source in given}
+    check_same(facts, remedy="Put model and data on a disk that all hosts share, or bring the same files to each.")
+    return given
