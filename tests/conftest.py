@@ -16,7 +16,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A minute or more each, the longest first: handed out before the others, so that no worker is left alone with one.
-SLOW_FILES = ["test_run_directory.py", "test_multiprocess.py", "test_sharding.py", "test_huggingface.py", "test_hub.py"]
+SLOW_FILES = [
+    "test_run_directory.py",
+    "test_run_in_processes.py",
+    "test_multiprocess.py",
+    "test_process_group.py",
+    "test_sharding.py",
+    "test_huggingface.py",
+    "test_hub.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -88,12 +88,35 @@ def test_help_of_run_shows_every_setting_with_default_and_meaning(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["unknown"], ["run"], ["run", "--workdir=w", "--what"]],
+    [
+        [],
+        ["unknown"],
+        ["run"],
+        ["run", "--workdir=w", "--what"],
+        ["run", "--workdir=w", "--distributed=host,2,0"],
+        ["run", "--workdir=w", "--distributed=host:80,2,2"],
+        ["run", "--workdir=w", "--join-timeout=0"],
+        ["report", "--workdir=w", "--distributed=auto"],
+    ],
 )
 def test_wrong_usage_is_64(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 64 and "usage:" in capsys.readouterr().err
+
+
+def test_a_place_that_the_environment_says_in_part_is_64(monkeypatch, capsys):
+    monkeypatch.setenv("SAMI_COORDINATOR", "10.0.0.1:8476")
+    with pytest.raises(SystemExit) as end:
+        main(["run", "--workdir=w"])
+    assert end.value.code == 64
+    assert "not all of HOST:PORT,N,I (SAMI_NUM_PROCESSES, SAMI_PROCESS_ID would be" in capsys.readouterr().err
+
+
+def test_no_cluster_to_be_found_is_78(tmp_path, capsys):
+    words = [f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", "--distributed=auto", "--join-timeout=1"]
+    fails(capsys, 78, "run", *words, says=("JAX finds no cluster here", "--distributed=HOST:PORT,N,I"))
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", "9" * 5000])
@@ -265,6 +288,18 @@ def test_a_mesh_that_does_not_fit_is_78_and_writes_nothing(mesh, says, model, tm
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
 
 
+@pytest.mark.parametrize("name", ["generate", "score", "train"])
+def test_another_platform_than_the_one_named_is_78_and_writes_nothing(name, model, tmp_path, capsys):
+    prompts, pairs = write(tmp_path / "prompts.jsonl", {"prompt": "a"}), write(tmp_path / "pairs.json", entries())
+    words = {"generate": f"--prompts={prompts}"}.get(name, f"--pairs={pairs}"), f"--out={tmp_path / 'out'}"
+    words += (f"--config={CONFIG}:smoke",) if name == "train" else ()
+    says = ("config.platform is gpu, but JAX finds cpu here",)
+    fails(capsys, 78, name, f"--model={model}", *words, "--config.platform=gpu", says=says)
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "pairs.json"}
+    if name == "score":
+        assert main([name, f"--model={model}", *words, "--config.platform=cpu"]) == 0
+
+
 def test_damaged_weights_are_65_and_named(copy, tmp_path, capsys):
     pairs, weights = write(tmp_path / "pairs.json", entries()), copy / "model.safetensors"
     score = ["score", f"--model={copy}", f"--pairs={pairs}"]
@@ -405,6 +440,7 @@ LONG = {"example_id": "long", "text": "wórd " * 300}
     [
         (["mesh.data=9", "train.queries_per_step=9"], {}, 78, ("data=9", "there are 8", "lower config.mesh")),
         (["mesh.tensor=4"], {}, 78, ("kv_heads axis has 1 entries", "config.mesh.tensor")),
+        (["platform=tpu"], {}, 78, ("config.platform is tpu, but JAX finds cpu here (JAX_PLATFORMS: cpu)", "=any")),
         (["constitutions.count=5"], {}, 78, ("config.constitutions.count is 5", "4 sign patterns")),
         (["constitutions.principles_per_query=3"], {}, 78, ("3 principles each cannot be drawn from 2 principles",)),
         (["train.queries_per_step=3"], {}, 65, ("train.jsonl: iteration 1 samples from 2 queries", "need 3")),

@@ -7,7 +7,7 @@ from typing import Any
 from sami_jax.cli.flags import AUTO, command, load_settings, local_name, local_path, place, positive_int
 from sami_jax.errors import BadConfigError
 from sami_jax.process_group import JOIN_S, find_place, joined, place_in_environment
-from sami_jax.processes import is_writer
+from sami_jax.processes import agreed, is_writer
 
 
 def add_run(commands: Any) -> None:
@@ -46,13 +46,14 @@ def add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     if not arguments.config and arguments.config_overrides:
         raise BadConfigError("--config.* settings need --config; without it a run goes on with its own settings.")
-    config = load_settings(arguments) if arguments.config else None
     from sami_jax.report.tables import summary_table
     from sami_jax.run.loop import run
 
     timeout_s = arguments.join_timeout
     where = find_place(timeout_s) if arguments.distributed == AUTO else arguments.distributed
     with joined(where, timeout_s=timeout_s):
+        with agreed():
+            config = load_settings(arguments) if arguments.config else None
         page = run(config, arguments.workdir)
         if is_writer():
             print(f"\n{summary_table(arguments.workdir)}\nReport: {page}", flush=True)
