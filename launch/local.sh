@@ -3,7 +3,7 @@
 # port. Ends with the exit code of the first process that failed, and leaves none of them behind.
 set -euo pipefail
 
-readonly USAGE=64 BAD_CONFIG=78
+readonly USAGE=64 IO_FAILED=74 BAD_CONFIG=78
 readonly LAST_WORDS_S=90 # a process whose peer failed ends by itself within 60 s
 
 usage() {
@@ -60,10 +60,10 @@ for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.ve
     [[ -z "$python" ]] || ! command -v "$python" >/dev/null || break
 done
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sami_jax") and u.find_spec("orbax")))'; then
-    printf 'launch/local.sh: %s has no sami_jax; run `make test` once, or name another by PYTHON=...\n' "$python" >&2
+    printf 'launch/local.sh: %s has no sami_jax; install it there, or name another by PYTHON=...\n' "$python" >&2
     exit "$BAD_CONFIG"
 fi
-mkdir -p "$logs"
+mkdir -p "$logs" || exit "$IO_FAILED"
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" PYTHONUNBUFFERED=1
 export SAMI_COORDINATOR="127.0.0.1:$port" SAMI_NUM_PROCESSES="$processes"

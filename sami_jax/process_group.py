@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from sami_jax.errors import BadConfigError, exit_code
+from sami_jax.errors import BadConfigError, SamiError, exit_code
 from sami_jax.processes import as_error, heard, is_told, is_writer, lost_process, process_count, process_index, store
 from sami_jax.roll_call import call_roll, is_loopback
 
@@ -69,6 +69,8 @@ def place_in_environment(environment: Mapping[str, str]) -> str | None:
 def find_place(timeout_s: int) -> Place:
     """The place that JAX finds by itself, on TPU VMs, GKE, SLURM and with Open MPI.
 
+    JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT and JAX_LOCAL_DEVICE_IDS count before what the cluster says.
+
     Args:
       timeout_s: seconds for process 0 to become known.
 
@@ -77,8 +79,11 @@ def find_place(timeout_s: int) -> Place:
     """
     from jax._src.clusters import ClusterEnv
 
+    named = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    mine = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    ids = [int(number) for number in mine.split(",")] if mine else None
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout_s)
+        found = ClusterEnv.auto_detect_unset_distributed_params(named, None, None, ids, None, timeout_s)
     except Exception as error:  # of any kind, by what the cluster's metadata lack
         raise BadConfigError(
             f"--distributed=auto: JAX could not ask the cluster ({type(error).__name__}: {error}); give "
@@ -109,6 +114,8 @@ def joined(place: Place | None, *, timeout_s: float = JOIN_S) -> Iterator[None]:
     host = host.strip("[]")
     who = {"processes": place.processes, "process": place.process}
     call_roll(host, int(port), **who, timeout_s=timeout_s)
+    # On CPUs (gloo) two programs with sums over all processes lock each other where they run at once.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
         place.address,
         place.processes,
@@ -155,7 +162,8 @@ class _Watch(threading.Thread):
                 return
             code, sentence = failure
             for tell in list(_at_the_end):
-                tell(code, sentence)
+                with contextlib.suppress(SamiError, OSError):  # nothing keeps this process from its end
+                    tell(code, sentence)
             print(f"sami: {sentence}", file=sys.stderr, flush=True)
             _exit(code)
 
@@ -213,11 +221,11 @@ def _exit(code: int) -> None:
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if is_writer():  # last: the store goes with it, and then JAX ends the others
-            store().key_value_set(f"{_OVER}0", "")
+            store().key_value_set(f"{_OVER}0", "", allow_overwrite=True)  # the watching thread may have come here, too
             _wait_for(_LEFT, process_count() - 1, _FAREWELL_S)
         else:  # not before process 0, which may have something to save, and which JAX would end without this one
             _wait_for(_OVER, 1, _LAST_S)
-            store().key_value_set(f"{_LEFT}{process_index()}", "")
+            store().key_value_set(f"{_LEFT}{process_index()}", "", allow_overwrite=True)
     os._exit(code)
 
 

@@ -1,7 +1,9 @@
 """Processes come together at an address before JAX does: who is late is named, and nobody joins another run."""
 
 import contextlib
+import errno
 import json
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -10,6 +12,7 @@ from typing import NamedTuple
 from sami_jax.errors import BadConfigError, ExitCode, RunInUseError, SamiError, StoppedError
 
 _CALL_S, _RETRY_S = 2.0, 0.2  # to say one's number; between two tries to connect
+_LAST_S = 60.0  # in which an earlier attempt at the same port has ended, its process 0 the last
 _LINE_BYTES = 1 << 16
 
 
@@ -47,7 +50,7 @@ def _listen(host: str, port: int, processes: int, deadline: float, timeout_s: fl
     here: dict[int, socket.socket] = {}
     came: list[socket.socket] = []
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listener(host, port))
+        listener = stack.enter_context(_listener(host, port, min(deadline, time.monotonic() + _LAST_S)))
         try:
             while len(here) < processes - 1:
                 call = _next_call(listener, deadline)
@@ -72,18 +75,26 @@ def _listen(host: str, port: int, processes: int, deadline: float, timeout_s: fl
         _tell(came, [ExitCode.DONE, ""])
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    try:
-        if is_loopback(host):
-            return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise RunInUseError(
-            f"Process 0 cannot listen on {host}:{port} ({error.strerror}); another run may use the port: take a free "
-            "one, and an address of this machine."
-        ) from error
+def _listener(host: str, port: int, deadline: float) -> socket.socket:
+    while True:
+        try:
+            return _bound(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise RunInUseError(
+                    f"Process 0 cannot listen on {host}:{port} ({reason}); another run may use it: take a free port, "
+                    "and an address of this machine."
+                ) from error
+        time.sleep(_RETRY_S)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    if is_loopback(host):
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 class _Call(NamedTuple):

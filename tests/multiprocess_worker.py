@@ -20,6 +20,7 @@ import numpy as np
 
 import doubles
 from sami_jax.checkpoints import Checkpoints, fingerprint
+from sami_jax.config.data import ConstitutionsConfig, QueriesConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
@@ -28,8 +29,8 @@ from sami_jax.errors import BadDataError
 from sami_jax.files import write_json
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
-from sami_jax.processes import agreed, check_same, from_writer
-from sami_jax.run.agreement import check_seen
+from sami_jax.processes import agreed, check_same, from_writer, is_writer
+from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_on_devices
@@ -67,6 +68,7 @@ class WhoWrites(Stage):
             out.begin()
             assert out.part("part.jsonl", lambda: [jax.process_index()]) == [0]
         out.write("writer.json", write_json, jax.process_index())
+        assert out.alone(jax.process_index) == (0 if jax.process_index() == 0 else None)
         out.log({"writer": jax.process_index()})
         return {}
 
@@ -75,6 +77,12 @@ def stages(folder: Path) -> dict[str, Any]:
     """What this process saw of stages that are completed twice: what it logged, and whether it made them."""
     logged: list[Any] = []
     seen = []
+    # A disk that shows the other process' files late: what stands is what the one that writes sees.
+    place = folder / "late" / str(jax.process_index())
+    if is_writer():
+        write_json(place / "there.json", 0)
+    out = Output(place, {}, logged.append)
+    assert out.stands("there.json") and not out.stands("missing.json")
     for name in ("begun", "begun", "whole", "whole"):
         stage = WhoWrites(whole=name == "whole")
         done = complete(stage, folder / "stages" / name, safe_point=lambda: None, log=logged.append)
@@ -171,6 +179,10 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
             gather(put_on_devices(np.zeros(DEVICES), batch_sharding(loaded.mesh)))  # wait for it
             checkpoints.restore_latest(abstract_train_state(loaded, config.train))
 
+    @agreed()
+    def unseen(path: Path) -> None:
+        refuse_unseen(path)
+
     def crossed() -> None:
         with agreed():
             if process == 1:
@@ -184,7 +196,15 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
                 os.kill(os.getpid(), signal.SIGTERM)
             safe_point()
 
+    def given_differs() -> None:
+        card = str(model / "README.md")
+        queries = QueriesConfig(train=card, evaluation=card)
+        mine = str(folder / "mistral" / f"model-{process}")
+        read_given(RunConfig(model=mine, queries=queries, constitutions=ConstitutionsConfig(principles=card)))
+
     attempts: dict[str, Callable[[], Any]] = {
+        "given differs": given_differs,
+        "model unseen": lambda: unseen(folder / "nowhere" if process else model),
         "crossed": crossed,
         "facts differ": lambda: check_same({"train": {"steps": process, "passes": 1}}, remedy="Mend it."),
         "folder unseen": lambda: check_seen(out / ("elsewhere" if process else "seen")),

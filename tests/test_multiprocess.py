@@ -240,6 +240,13 @@ def test_a_folder_is_converted(folder):
             "^train.st",
         ),
         ("folder unseen", "BadConfigError", r"^process 1: \S+ does not see in .*/elsewhere what", r"^\S+ does not see"),
+        ("model unseen", "BadConfigError", r"^process 1: \S+ does not see /.*/nowhere; put", r"^\S+ does not see /"),
+        (
+            "given differs",
+            "BadConfigError",
+            r"^process 1: SHA-256 of config.model is '\w{12}' in process 0, '",
+            "^SHA-256 of config.model is",
+        ),
         ("asked to stop", "StoppedError", "^Stopped by SIGTERM at process 1;", "^Stopped by SIGTERM at process 1;"),
         ("damaged checkpoint", "BadDataError", "no checkpoint can be read", "no checkpoint can be read"),
         ("values differ", "AssertionError", "Expected", "Expected"),

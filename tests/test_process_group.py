@@ -79,7 +79,13 @@ class TestRollCall:
             socket.create_server(("127.0.0.1", 0)) as owner,
             pytest.raises(RunInUseError, match="already in use"),
         ):
-            call_roll("127.0.0.1", owner.getsockname()[1], processes=2, process=0, timeout_s=5)
+            call_roll("127.0.0.1", owner.getsockname()[1], processes=2, process=0, timeout_s=0.5)
+
+    def test_a_port_that_becomes_free_is_waited_for(self):
+        owner = socket.create_server(("127.0.0.1", 0))
+        port = owner.getsockname()[1]
+        threading.Timer(0.5, owner.close).start()
+        call_roll("127.0.0.1", port, processes=1, process=0, timeout_s=20)
 
     def test_someone_else_at_the_port_is_no_process_0(self):
         with speaking(b"\x00\x00\x12\x04\x00\n") as port, pytest.raises(StoppedError, match="no answer"):
@@ -172,6 +178,10 @@ class TestPlace:
         place = find_place(1)
         assert (place.address, place.processes, place.process) == ("tpu03:61447", 3, 2)  # 61440 + the job's number
         assert place.local_device_ids == (1,)
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "tpu03:1234")
+        monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
+        place = find_place(1)
+        assert (place.address, place.processes, place.local_device_ids) == ("tpu03:1234", 3, (0, 1))
 
     def test_of_no_cluster(self):
         with pytest.raises(BadConfigError, match="JAX finds no cluster here .* give --distributed=HOST:PORT,N,I"):
@@ -201,6 +211,16 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, text.strip().split("\n")[-1]) for process, text in zip(processes, said, strict=True)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def killed(tmp_path_factory) -> Iterator[list[subprocess.Popen[str]]]:
+    """A group of which one is killed; it takes half a minute to be missed, in which the other tests run."""
+    processes = group("killed", tmp_path_factory.mktemp("killed"))
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def seen(folder: pathlib.Path) -> list[str]:
     return [path.read_text() if path.exists() else "" for path in (folder / "process-0", folder / "process-1")]
 
@@ -224,8 +244,8 @@ class TestProcesses:
         assert other == (65, "the data of one process is bad.")
         assert seen(tmp_path) == ["65 process 1: the data of one process is bad.", ""]
 
-    def test_one_that_is_killed_is_missed(self, tmp_path):
-        (writer, _), (other, _) = ended(group("killed", tmp_path))
+    def test_one_that_is_killed_is_missed(self, killed):
+        (writer, _), (other, _) = ended(killed)
         assert other == -signal.SIGKILL
         assert writer in (75, -signal.SIGABRT)  # by whoever notices: this code, or JAX's
 

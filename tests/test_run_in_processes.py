@@ -31,12 +31,16 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
     "PYTHONPATH": str(ROOT),
 }
 
-# A twin of the command that is broken in one way: what it goes on from has lost the optimizer's state.
+# A twin of the command that is broken in one way: what it goes on from has lost the optimizer's state. It
+# tells, too, which process asks the judge.
 TWIN = """
-import sys
+import dataclasses, os, pathlib, sys
 import jax
 from sami_jax import checkpoints
 from sami_jax.cli.main import main
+from sami_jax.evaluation.judge_by_name import JUDGES
+from sami_jax.evaluation.miniature_judge import MINIATURE
+from sami_jax.processes import process_index
 
 restored = checkpoints.Checkpoints.restore_latest
 
@@ -46,6 +50,13 @@ def without_optimizer(self, target):
     return state._replace(opt_state=jax.tree.map(lambda leaf: leaf * 0, state.opt_state))
 
 checkpoints.Checkpoints.restore_latest = without_optimizer
+judge_one = MINIATURE.judge
+
+def judge(*what):
+    pathlib.Path(os.environ["JUDGED"], str(process_index())).touch()
+    return judge_one(*what)
+
+JUDGES["miniature"] = dataclasses.replace(MINIATURE, judge=judge)
 sys.exit(main())
 """
 
@@ -233,13 +244,17 @@ def test_stopped_and_killed_it_ends_bitwise_equal_and_a_broken_twin_does_not(who
     assert seals(workdir) == seals(expected)
     assert losses(workdir) == losses(expected)
 
+    judged = tmp_path / "judged"
+    judged.mkdir()
     (tmp_path / "twin.py").write_text(TWIN)
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/sh
+export JUDGED={judged}
 [ "$1" = -m ] && shift 2 && exec {sys.executable} {tmp_path}/twin.py "$@"
 exec {sys.executable} "$@"
 """)
     python.chmod(0o755)
     finished(launch(*flags, f"--workdir={twin}", python=str(python)))
+    assert [path.name for path in judged.iterdir()] == ["0"]
     assert losses(twin)[3] != pytest.approx(losses(expected)[3], rel=1e-6)
     assert seals(twin)["iter_001/export"] != seals(expected)["iter_001/export"]

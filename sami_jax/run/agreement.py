@@ -46,6 +46,15 @@ def check_seen(workdir: Path) -> None:
             (workdir / name).unlink(missing_ok=True)
 
 
+def refuse_unseen(path: Path) -> None:
+    """Raises BadConfigError in a process that does not see a model or data where process 0 does."""
+    if not is_writer() and not path.exists():
+        raise BadConfigError(
+            f"{socket.gethostname()} does not see {path.absolute()}; put model and data on a disk that all hosts share "
+            "(for models of the Hub, set HF_HOME to a folder there)."
+        )
+
+
 def _seen(path: Path) -> object:
     try:
         return read_json(path)
@@ -66,13 +75,21 @@ def read_given(config: RunConfig) -> Given:
       BadConfigError: in every process where one has other contents.
       BadDataError: a file cannot be read.
     """
+    named = {
+        "model": config.model,
+        "queries.train": config.queries.train,
+        "queries.evaluation": config.queries.evaluation,
+        "constitutions.principles": config.constitutions.principles,
+    }
     with agreed():
+        for path in named.values():
+            refuse_unseen(Path(path))
         given = Given(
             model=model_source(Path(config.model)),
             train=file_source(Path(config.queries.train)),
             evaluation=file_source(Path(config.queries.evaluation)),
             principles=file_source(Path(config.constitutions.principles)),
         )
-    facts = {f"the content of {source.path}": source.fingerprint for source in given}
+    facts = {f"SHA-256 of config.{name}": source.fingerprint[:12] for name, source in zip(named, given, strict=True)}
     check_same(facts, remedy="Put model and data on a disk that all hosts share, or bring the same files to each.")
     return given

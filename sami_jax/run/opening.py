@@ -24,6 +24,7 @@ from sami_jax.miniature.pretraining import base_shape, pretrain
 from sami_jax.model.decoder import sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
+from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import time_now
 from sami_jax.safe_point import SafePoint
 from sami_jax.sharding import make_mesh
@@ -105,6 +106,7 @@ def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
     return found
 
 
+@agreed()
 def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     """The config, its model fetched. Refuses one whose files are missing or hold something else.
 
@@ -134,11 +136,17 @@ def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
     if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
         _evaluation_tasks(config)  # for what it refuses, before anything is written
     if PRETRAINED not in config.model:
-        folder = Path(from_writer(lambda: str(fetch_model(config.model))))
-        read_config(folder)
-        find_weights(folder)
+        folder = Path(from_writer(lambda: str(_fetched(config.model))))
+        refuse_unseen(folder)
         config = dataclasses.replace(config, model=str(folder))
     return config
+
+
+def _fetched(model: str) -> Path:
+    folder = fetch_model(model)
+    read_config(folder)
+    find_weights(folder)
+    return folder
 
 
 def check_mesh(config: RunConfig) -> None:
