@@ -132,7 +132,8 @@ def joined(place: Place | None, *, timeout_s: float = JOIN_S) -> Iterator[None]:
     yield
     heard("")
     watch.end()
-    jax.distributed.shutdown()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # all is done
+        jax.distributed.shutdown()
 
 
 class _Watch(threading.Thread):

@@ -141,7 +141,7 @@ def _meet(text: str, failure: Exception | None) -> dict[int, str]:
     place, mine = f"sami/meeting/{next(_meetings)}/", str(process_index())
     try:
         if failure:
-            store().key_value_set(place + mine, json.dumps(["failed", exit_code(failure), _sentence(failure)]))
+            store().key_value_set(place + mine, json.dumps(["failed", exit_code(failure), sentence_of(failure)]))
         elif text:
             store().key_value_set(place + mine, json.dumps(["said", text]))
         store().wait_at_barrier(place, _PATIENCE_MS)
@@ -177,5 +177,6 @@ def lost_process(error: BaseException) -> StoppedError:
     return StoppedError(f"another process was lost ({reason}); the same command goes on from here.")
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
+    """What to tell another process of an error."""
     return str(error) if isinstance(error, SamiError) else f"{type(error).__name__}: {error}"

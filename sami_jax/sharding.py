@@ -36,7 +36,7 @@ def use_platform(platform: Platform) -> None:
     """Has JAX compute on a platform; called before anything is computed.
 
     Raises:
-      BadConfigError: JAX finds another one, or starts no process group that holds all of a pod.
+      BadConfigError: JAX finds another one, or devices of processes that `jax.distributed` does not hold together.
     """
     named = getattr(jax.config, "jax_platforms", None)
     if platform == "cpu" and not named:

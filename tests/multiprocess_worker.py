@@ -33,7 +33,7 @@ from sami_jax.processes import agreed, check_same, from_writer, is_writer
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
-from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_on_devices
+from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
 from sami_jax.stages.answers import respond
 from sami_jax.stages.export import convert
 from sami_jax.stages.score import Scoring, matrices
@@ -204,6 +204,7 @@ def failures(folder: Path, state: TrainState, process: int) -> dict[str, list[st
 
     attempts: dict[str, Callable[[], Any]] = {
         "given differs": given_differs,
+        "mesh of one process": lambda: make_mesh(MeshConfig(fsdp=4)),
         "model unseen": lambda: unseen(folder / "nowhere" if process else model),
         "crossed": crossed,
         "facts differ": lambda: check_same({"train": {"steps": process, "passes": 1}}, remedy="Mend it."),

@@ -247,6 +247,12 @@ def test_a_folder_is_converted(folder):
             r"^process 1: SHA-256 of config.model is '\w{12}' in process 0, '",
             "^SHA-256 of config.model is",
         ),
+        (
+            "mesh of one process",
+            "BadConfigError",
+            "leaves none to process 1; raise",
+            "4 of 8 devices, and leaves none to",
+        ),
         ("asked to stop", "StoppedError", "^Stopped by SIGTERM at process 1;", "^Stopped by SIGTERM at process 1;"),
         ("damaged checkpoint", "BadDataError", "no checkpoint can be read", "no checkpoint can be read"),
         ("values differ", "AssertionError", "Expected", "Expected"),

@@ -73,7 +73,7 @@ def flags(tmp_path_factory) -> list[str]:
         "--config.mesh.fsdp=4",
         "--config.train.micro_batch_queries=1",
         # What makes it shorter: a base that knows little, and whose answers are taken as they are; few of them judged.
-        "--config.pretraining.steps=40",
+        "--config.pretraining.steps=100",
         "--config.filters.sentence_ends=abcdefghijklmnopqrstuvwxyz.",
         "--config.queries.evaluation_count=4",
         "--config.evaluation.held_out=false",
@@ -104,13 +104,8 @@ def whole_run(flags, tmp_path_factory) -> tuple[pathlib.Path, str]:
 
 def processes_of(workdir: pathlib.Path) -> list[int]:
     """The processes of a run, in the order of their numbers."""
-    listed = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    found = [
-        line.split()[0]
-        for line in listed.splitlines()
-        if " -m sami_jax run " in line and f"--workdir={workdir}" in line
-    ]
-    return sorted(int(pid) for pid in found)
+    rows = [line for line in listed("pid=,args=") if " -m sami_jax run " in line and f"--workdir={workdir}" in line]
+    return sorted(int(line.split()[0]) for line in rows)
 
 
 def interrupted(number: int, process: int, moment: Callable[[], bool], *flags: str) -> tuple[int, str, float]:
@@ -173,14 +168,31 @@ def test_the_script_says_what_its_processes_refuse(tmp_path):
 
 def test_a_killed_script_leaves_no_process_behind(flags, tmp_path):
     workdir = tmp_path / "run"
-    launched = launch(*flags, f"--workdir={workdir}")
+    launched = launch(*flags, f"--config.pretraining.cache_dir={tmp_path / 'base'}", f"--workdir={workdir}")
     deadline = time.monotonic() + END_S
-    while len(processes_of(workdir)) < 2 and time.monotonic() < deadline:
+    while not (children := makers_of_bases(processes_of(workdir))) and time.monotonic() < deadline:
         time.sleep(0.05)
     launched.kill()
-    while processes_of(workdir) and time.monotonic() < deadline:
+    while processes_of(workdir) + alive(children) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert launched.wait() == -signal.SIGKILL and processes_of(workdir) == []
+    assert launched.wait() == -signal.SIGKILL
+    assert len(children) == 1 and processes_of(workdir) + alive(children) == []
+
+
+def makers_of_bases(parents: list[int]) -> list[int]:
+    rows = [line.split(maxsplit=2) for line in listed("pid=,ppid=,args=")]
+    return [int(pid) for pid, parent, words in rows if int(parent) in parents and "spawn_main" in words]
+
+
+def alive(processes: list[int]) -> list[int]:
+    return [pid for pid in map(int, listed("pid=")) if pid in processes]
+
+
+def listed(columns: str) -> list[str]:
+    """A line for each process that runs; one that ended and was not waited for is left out."""
+    done = subprocess.run(["ps", "-eww", "-o", f"stat=,{columns}"], capture_output=True, text=True, check=True)
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    return [rest for state, rest in rows if not state.startswith("Z")]
 
 
 def test_processes_of_different_settings_are_all_refused_and_told_which(flags, tmp_path):

@@ -4,15 +4,16 @@ import multiprocessing
 import os
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
 
 from sami_jax.config.pretraining import PretrainingConfig
-from sami_jax.errors import ExitCode, exit_code
+from sami_jax.errors import ExitCode, SamiError, exit_code
 from sami_jax.miniature.pretraining import is_finished, pretrain
-from sami_jax.processes import as_error, from_writer, is_writer
+from sami_jax.processes import as_error, from_writer, is_writer, sentence_of
 from sami_jax.safe_point import SafePoint, stop_on_signal
 
 _LOOK_S = 0.5  # between two looks at the child, and two safe points
@@ -64,18 +65,20 @@ class _Child:
 
 
 def _make(config: PretrainingConfig, answer: Connection) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(ExitCode.STOPPED)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_platforms", "cpu")  # the group has the other devices
     try:
         with stop_on_signal() as safe_point:
             pretrain(config, safe_point=safe_point)
         answer.send((ExitCode.DONE, ""))
     except Exception as error:
-        answer.send((exit_code(error), str(error)))
+        if not isinstance(error, SamiError):
+            traceback.print_exc()
+        answer.send((exit_code(error), sentence_of(error)))
+
+
+def _end_with_parent() -> None:
+    """Else a killed run would leave a child behind, which keeps the next one from the base."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(ExitCode.STOPPED)

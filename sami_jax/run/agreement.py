@@ -64,8 +64,10 @@ def _seen(path: Path) -> object:
 
 def check_alike(config: RunConfig | None) -> None:
     """Raises BadConfigError in every process where one has other settings, other code or other libraries."""
-    facts = {**code_version(), "config": None if config is None else to_dict(config)}
-    check_same(facts, remedy="Install the same on all hosts, and start all processes with the same command.")
+    remedy = "Install the same on all hosts, and start all processes with the same command."
+    check_same({**code_version(), "--config": "left out" if config is None else "given"}, remedy=remedy)
+    if config is not None:
+        check_same({"config": to_dict(config)}, remedy=remedy)
 
 
 def read_given(config: RunConfig) -> Given:

@@ -40,14 +40,13 @@ def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> Ru
     """Begins a run, or finds that it is the one begun before. Nothing is written where it is refused.
 
     RUN.json and config.json are written once, and compared afterwards. RUN.json keeps the commit of a model's name on
-    the Hub: what moves there later does not change the run.
+    the Hub: what moves there later does not change the run. Every process calls this; process 0 alone writes, and
+    downloads.
 
     Args:
       config: the settings.
       workdir: the run directory, which exists.
       say: takes sentences for the person who watches.
-
-    Every process calls this; process 0 alone writes, and downloads.
 
     Returns:
       The config, its model a folder, fetched where it was a name.
@@ -218,8 +217,9 @@ def _base_shape(config: RunConfig) -> DecoderConfig:
 
 
 def _check_disk(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> None:
-    sentence = check_disk(
-        workdir, config.train, iterations=config.iterations, shape=_base_shape(config), mesh=make_mesh(config.mesh)
+    shape, mesh = _base_shape(config), make_mesh(config.mesh)
+    sentence = from_writer(
+        lambda: check_disk(workdir, config.train, iterations=config.iterations, shape=shape, mesh=mesh)
     )
     if sentence:
         say(sentence)
