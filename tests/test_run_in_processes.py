@@ -225,7 +225,7 @@ def test_one_process_with_four_devices_does_the_same(whole_run, flags, tmp_path)
         assert read_text(tmp_path / "one", name) == read_text(workdir, name), name
     one, two = losses(tmp_path / "one"), losses(workdir)
     assert one[1] == pytest.approx(two[1], rel=1e-6)  # the promise D1
-    assert one == pytest.approx(two, rel=1e-4)  # what three updates make of sums in another order: 1e-6 was seen
+    assert one == pytest.approx(two, rel=1e-4)  # the same bits were seen; room for sums in another order
 
 
 def read_text(workdir: pathlib.Path, name: str) -> str:
