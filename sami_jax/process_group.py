@@ -124,7 +124,6 @@ def joined(place: Place | None, *, timeout_s: float = JOIN_S) -> Iterator[None]:
         cluster_detection_method="deactivate",
         coordinator_bind_address=place.address if is_loopback(host) else None,
         heartbeat_timeout_seconds=_HEARTBEAT_S,
-        shutdown_timeout_seconds=60,
     )
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's own handler would swallow it
     watch = _Watch()
@@ -134,6 +133,10 @@ def joined(place: Place | None, *, timeout_s: float = JOIN_S) -> Iterator[None]:
     watch.end()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # all is done
         jax.distributed.shutdown()
+
+
+_watching: list["_Watch"] = []  # the one of this process, inside `joined`
+_at_the_end: list[Callable[[int, str], None]] = []
 
 
 class _Watch(threading.Thread):
@@ -167,10 +170,6 @@ class _Watch(threading.Thread):
                     tell(code, sentence)
             print(f"sami: {sentence}", file=sys.stderr, flush=True)
             _exit(code)
-
-
-_watching: list[_Watch] = []  # the one of this process, inside `joined`
-_at_the_end: list[Callable[[int, str], None]] = []
 
 
 @contextlib.contextmanager

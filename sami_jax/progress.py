@@ -24,7 +24,9 @@ class Progress:
         """Says that `done` of `total` units are done."""
         now = time.monotonic()
         last, terminal = done >= self.total, sys.stderr.isatty()
-        if not is_writer() or not last and now - self._last_print < (0.2 if terminal else self._log_every_s):
+        if not is_writer():
+            return
+        if not last and now - self._last_print < (0.2 if terminal else self._log_every_s):
             return
         self._last_print = now
         worked, elapsed = done - self._first, now - self.started

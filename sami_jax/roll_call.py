@@ -30,8 +30,8 @@ def call_roll(host: str, port: int, *, processes: int, process: int, timeout_s: 
       timeout_s: seconds to wait for all.
 
     Raises:
-      BadConfigError: two processes have one number, or expect different numbers of processes; or `host` is none.
-      RunInUseError: the port is taken.
+      BadConfigError: two processes have one number, or expect different numbers of processes.
+      RunInUseError: process 0 cannot listen there.
       StoppedError: the time is over.
     """
     deadline = time.monotonic() + timeout_s
