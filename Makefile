@@ -17,6 +17,7 @@ VENV_PARITY := .venv-parity
 comma := ,
 DEMO_SET := train$(if $(EXTRAS),$(comma)$(EXTRAS))
 PINS := setup.py constraints.txt
+SCRIPTS := $(wildcard launch/*.sh launch/*.sbatch launch/*/*.sh .ci/*.sh) .ci/run
 # Whole files go to a worker; tests/conftest.py puts the slow ones first, so that none of them is left alone at the end.
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Two makes at once take turns at installing, where the system has flock.
@@ -47,10 +48,11 @@ demo: $(VENV)/.installed-$(DEMO_SET) ## Run SAMI in miniature, from pretraining 
 test: $(VENV)/.installed-train,test ## Run the tests (no GPU, no torch, no network).
 	$(VENV)/bin/python $(PYTEST) tests --ignore=tests/parity --ignore=tests/tpu $(PYTEST_FLAGS)
 
-lint: $(VENV)/.installed-train,test,lint ## Check style and types.
+lint: $(VENV)/.installed-train,test,lint ## Check style, types and scripts.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x $(SCRIPTS)
 
 parity: $(VENV_PARITY)/.installed-train,test,parity ## Compare the numbers with torch's.
 	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_FLAGS)

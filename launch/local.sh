@@ -3,8 +3,11 @@
 # port. Ends with the exit code of the first process that failed, and leaves none of them behind.
 set -euo pipefail
 
-readonly USAGE=64 IO_FAILED=74 BAD_CONFIG=78
 readonly LAST_WORDS_S=90 # a process whose peer failed ends by itself within 60 s
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+program=launch/local.sh
+# shellcheck source=launch/arguments.sh
+source "$root/launch/arguments.sh"
 
 usage() {
     cat <<'EOF'
@@ -21,12 +24,6 @@ PYTHON names the interpreter; else it is the active environment's, the checkout'
 EOF
 }
 
-refuse() {
-    printf 'launch/local.sh: %s\n' "$1" >&2
-    usage >&2
-    exit "$USAGE"
-}
-
 processes='' devices='' logs=''
 while (($#)); do
     case "$1" in
@@ -39,29 +36,18 @@ while (($#)); do
     esac
     shift
 done
-[[ "$processes" =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--processes=${processes} is no number from 1 to 999"
-[[ "$devices" =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--devices=${devices} is no number from 1 to 999"
+check_number --processes "$processes" 1 999
+check_number --devices "$devices" 1 999
 [[ "${1-}" == -- ]] || refuse 'the arguments of sami run are missing; they come behind --'
 shift
-workdir='' previous=''
-for argument in "$@"; do
-    case "$argument" in
-        --workdir=*) workdir="${argument#*=}" ;;
-        --distributed | --distributed=*) refuse "$argument is what this script is for; leave it out" ;;
-    esac
-    [[ "$previous" != --workdir ]] || workdir="$argument"
-    previous="$argument"
-done
-[[ -n "$workdir" ]] || refuse 'sami run needs --workdir=DIR'
+read_workdir "$@"
 logs="${logs:-${workdir%/}.logs}"
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
     [[ -z "$python" ]] || ! command -v "$python" >/dev/null || break
 done
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sami_jax") and u.find_spec("orbax")))'; then
-    printf 'launch/local.sh: %s has no sami_jax; install it there, or name another by PYTHON=...\n' "$python" >&2
-    exit "$BAD_CONFIG"
+    fail "$BAD_CONFIG" "$python has no sami_jax; install it there, or name another by PYTHON=..."
 fi
 mkdir -p "$logs" || exit "$IO_FAILED"
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
@@ -114,7 +100,7 @@ while ((left)); do
             if ((code && !first)); then
                 first="$code"
                 deadline=$((SECONDS + LAST_WORDS_S))
-                printf 'launch/local.sh: process %d ended with %d; waiting for the others\n' "$i" "$code" >&2
+                say "process $i ended with $code; waiting for the others"
             fi
         fi
     done
@@ -126,5 +112,5 @@ done
 pids=()
 wait "${printers[@]}" || true
 printf over >&9
-printf 'launch/local.sh: all %d processes ended; exit code %d, logs in %s\n' "$processes" "$first" "$logs" >&2
+say "all $processes processes ended; exit code $first, logs in $logs"
 exit "$first"
