@@ -223,7 +223,7 @@ def test_a_node_that_reboots_goes_on_with_the_settings_it_was_given_last(cloud):
     (state / "code").unlink()
     done = subprocess.run(boot, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "sami-worker 0 2 running 0\n"), done.stderr
-    assert cloud.starts(0) == 3
+    wait_for(lambda: cloud.starts(0) == 3)
     assert cloud.runs[-1]["arguments"][-1] == "--config.seed=2"
 
 

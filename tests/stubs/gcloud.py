@@ -24,6 +24,12 @@ def read(name, otherwise):
     return json.loads(file.read_text()) if file.exists() else otherwise
 
 
+def write(name, record):  # another call may be reading
+    new = cloud / f"{name}.{os.getpid()}"
+    new.write_text(json.dumps(record))
+    new.replace(cloud / name)
+
+
 def fail(message):
     print(f"ERROR: (gcloud.{'.'.join(words[:4])}) {message}", file=sys.stderr)
     sys.exit(1)
@@ -31,8 +37,10 @@ def fail(message):
 
 def as_scripted(kind):
     script = read("script.json", {})
-    answer = script.get(kind, []).pop(0) if script.get(kind) else None
-    (cloud / "script.json").write_text(json.dumps(script))
+    if not script.get(kind):
+        return None
+    answer = script[kind].pop(0)
+    write("script.json", script)
     if answer is not None and answer.startswith("!"):
         fail(answer[1:])
     return answer
@@ -55,7 +63,7 @@ def on(worker, command):
 
 def make():
     node.update(state="READY", made=node["made"] + 1)
-    (cloud / "node.json").write_text(json.dumps(node))
+    write("node.json", node)
     startup = flags.get("metadata-from-file", "").removeprefix("startup-script=")
     if startup:
         kept = cloud / f"startup-{node['made']}.sh"
@@ -81,12 +89,12 @@ if verb == "describe":
     print(state)
 elif verb == "create":
     if group == "queued-resources":
-        (cloud / "queue.json").write_text(json.dumps({"state": "ACTIVE"}))
+        write("queue.json", {"state": "ACTIVE"})
     make()
 elif verb == "delete":
     (cloud / "queue.json").unlink(missing_ok=True)
     node["state"] = "ABSENT"
-    (cloud / "node.json").write_text(json.dumps(node))
+    write("node.json", node)
 elif node["state"] != "READY":
     print("ssh: connect to host port 22: Connection timed out", file=sys.stderr)
     sys.exit(255)
@@ -101,4 +109,4 @@ elif verb == "scp":
             shutil.copy(file, home(worker) / target.partition(":")[2])
 elif verb == "start":
     node["state"] = "READY"
-    (cloud / "node.json").write_text(json.dumps(node))
+    write("node.json", node)

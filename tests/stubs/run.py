@@ -30,9 +30,10 @@ print(f"run {start} of worker {worker}", flush=True)
 if outcome == "wait":
     time.sleep(60)
 if outcome == "preempt":
-    node = json.loads((cloud / "node.json").read_text())
-    (cloud / "node.json").write_text(json.dumps(node | {"state": "PREEMPTED"}))
-    if (cloud / "queue.json").exists():
-        (cloud / "queue.json").write_text(json.dumps({"state": "SUSPENDED"}))
+    for name, state in (("queue.json", "SUSPENDED"), ("node.json", "PREEMPTED")):
+        if (cloud / name).exists():
+            new = cloud / f"{name}.new"  # another call may be reading
+            new.write_text(json.dumps(json.loads((cloud / name).read_text()) | {"state": state}))
+            new.replace(cloud / name)
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(outcome))
