@@ -19,6 +19,10 @@ refuse() {
     exit "$USAGE"
 }
 
+comment() {
+    printf '# %s\n' "$1"
+}
+
 # quoted ARGUMENT...: one line that any shell reads back as these arguments.
 quoted() {
     local argument line='' quote="'" escaped="'\\''"
@@ -36,6 +40,29 @@ check_number() {
     if [[ ! "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
         refuse "$1=$2 is no number from $3 to $4"
     fi
+}
+
+# check_env_file FILE: of VAR=VALUE lines; nothing where it is empty.
+check_env_file() {
+    [[ -n "$1" ]] || return 0
+    [[ -f "$1" && -r "$1" ]] || refuse "--env-file=$1 is no file that can be read"
+    [[ -z "$(find -L "$1" -perm -004 -o -perm -040)" ]] || refuse "others can read --env-file=$1; chmod 600 it"
+}
+
+# find_python: sets `python` where it is empty, and ends where it has no sami_jax.
+find_python() {
+    local candidate
+    for candidate in "${python:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${root:?}/.venv/bin/python" python3; do
+        [[ -z "$candidate" ]] || ! command -v "$candidate" >/dev/null || break
+    done
+    python="$candidate"
+    "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sami_jax") and u.find_spec("orbax")))' ||
+        fail "$BAD_CONFIG" "$python has no sami_jax; install it there, or name another ${1-}"
+}
+
+# free_port: prints a port of this machine that nobody uses.
+free_port() {
+    "${python:?}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
 # read_workdir ARGUMENT...: sets `workdir` to what the arguments of sami run name; refuses what a launcher decides.

@@ -43,14 +43,10 @@ shift
 read_workdir "$@"
 logs="${logs:-${workdir%/}.logs}"
 
-for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
-    [[ -z "$python" ]] || ! command -v "$python" >/dev/null || break
-done
-if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("sami_jax") and u.find_spec("orbax")))'; then
-    fail "$BAD_CONFIG" "$python has no sami_jax; install it there, or name another by PYTHON=..."
-fi
+python="${PYTHON:-}"
+find_python 'by PYTHON=...'
 mkdir -p "$logs" || exit "$IO_FAILED"
-port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+port="$(free_port)"
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" PYTHONUNBUFFERED=1
 export SAMI_COORDINATOR="127.0.0.1:$port" SAMI_NUM_PROCESSES="$processes"
 

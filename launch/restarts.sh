@@ -51,17 +51,19 @@ worst() {
     printf '%s' "$first"
 }
 
-# supervise COMMAND...: runs it, hands TERM and INT on to it, and sets `code` to its exit code.
+# supervise COMMAND...: runs it, hands TERM and INT on to it, and sets `code` to its exit code. From then on the shell ignores
+# both, so that whoever sends them more than once does not keep it from writing the code down.
 supervise() {
-    local child signalled=0
+    local child='' signalled=0
+    trap 'signalled=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
     "$@" &
     child=$!
-    trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
-    while :; do
-        code=0
-        wait "$child" || code=$?
-        ((signalled)) || break # else it was `wait` that the signal ended
-        signalled=0
+    ((!signalled)) || kill -TERM "$child" 2>/dev/null || true # it came before there was a child
+    # A `wait` that a signal interrupts may lose the code of a child that ends at that moment: wait for what has ended.
+    while kill -0 "$child" 2>/dev/null; do
+        sleep 0.2 || true
     done
-    trap - TERM INT
+    trap '' TERM INT
+    code=0
+    wait "$child" || code=$?
 }

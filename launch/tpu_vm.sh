@@ -129,11 +129,7 @@ check_flags() {
     check_number --poll "$poll" 0 3600
     check_number --worker "$worker" 0 99999
     check_number --lines "$lines" 1 1000000
-    if [[ -n "$env_file" ]]; then
-        [[ -f "$env_file" && -r "$env_file" ]] || refuse "--env-file=$env_file is no file that can be read"
-        [[ "$(find -L "$env_file" -perm -004 -o -perm -040)" == '' ]] ||
-            refuse "others can read --env-file=$env_file; chmod 600 it"
-    fi
+    check_env_file "$env_file"
     if ((${#arguments[@]})); then
         read_workdir "${arguments[@]}"
         logs="${logs:-${workdir%/}.logs}"
@@ -211,10 +207,6 @@ LAUNCH_$id
 fi
 exec bash tpu_worker.sh boot $name
 STARTUP_END
-}
-
-comment() {
-    printf '# %s\n' "$1"
 }
 
 # call GROUP VERB ARGUMENT...: gcloud compute tpus GROUP VERB ..., with its words in $scratch/out and $scratch/err.

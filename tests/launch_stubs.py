@@ -6,6 +6,8 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUBS = ROOT / "tests" / "stubs"
@@ -62,3 +64,11 @@ def clean_environment() -> dict[str, str]:
     """That of this process, without what has to do with JAX."""
     ours = ("JAX_", "XLA_", "SAMI_", "HF_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Returns when it holds."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
