@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from launch_stubs import put, python_stub, wait_for
 from sami_jax.files import read_json, read_log
 from test_run_directory import losses, seals
 
@@ -226,6 +227,28 @@ def test_one_process_with_four_devices_does_the_same(whole_run, flags, tmp_path)
     one, two = losses(tmp_path / "one"), losses(workdir)
     assert one[1] == pytest.approx(two[1], rel=1e-6)  # the promise D1
     assert one == pytest.approx(two, rel=1e-4)  # the same bits were seen; room for sums in another order
+
+
+def test_as_a_slurm_job_that_is_preempted_it_ends_bitwise_equal(whole_run, flags, tmp_path):
+    for name in ("sbatch", "srun", "scontrol"):
+        put(tmp_path / "bin", name, python_stub(f"{name}.py"))
+    (tmp_path / "state").write_text("PREEMPTED")
+    workdir = tmp_path / "run"
+    words = ["--run", "--nodes=2", "--gpus=0", f"--python={sys.executable}", "--", *flags, f"--workdir={workdir}"]
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "JOB": str(tmp_path)}
+    environment |= {"JAX_NUM_CPU_DEVICES": "2"}
+    with subprocess.Popen(["bash", str(ROOT / "launch" / "slurm.sh"), *words], env=environment) as job:
+        wait_for((workdir / "iter_001/sample/chunks/00000.jsonl").exists)
+        for name in ("batch", "srun"):
+            os.kill(int((tmp_path / f"{name}.pid").read_text()), signal.SIGTERM)
+        code = job.wait(RUN_LIMIT_S)
+    said = (tmp_path / "batch.log").read_text()
+    assert code == 0 and said.count("75: stopped safely") == 1, said
+    logs = [(tmp_path / "run.logs" / f"process-{process}.log").read_text() for process in range(2)]
+    for process in range(2):  # found by JAX from SLURM's variables
+        assert logs[process].count(f"process {process} of 2, 2 of 4 devices, cpu") == 2
+    assert seals(workdir) == seals(whole_run[0])
+    assert losses(workdir) == losses(whole_run[0])
 
 
 def read_text(workdir: pathlib.Path, name: str) -> str:
