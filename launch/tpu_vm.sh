@@ -46,7 +46,7 @@ usage: launch/tpu_vm.sh VERB --name=NAME --zone=ZONE --type=TYPE [flags] [-- arg
   --lines=N             for logs (default: 100)
   --delete-after        delete the node when the run has ended; for up
   --create-flag=FLAG    one more flag for gcloud's create, such as --network=NAME; again for more
-  --ssh-flag=FLAG       one more flag for gcloud's ssh and scp, such as --tunnel-through-iap; again for more
+  --ssh-flag=FLAG       one more flag for gcloud's ssh and scp, such as --internal-ip; again for more
 
 A run that ends is started again by its exit code: 75, a crash, a lost node or connection up to --max-restarts times; 70
 once, 74 three times, 69 six times, ten minutes apart; 0, 64, 65, 73, 78, 130 end it (docs/run_directory.md).
@@ -220,10 +220,12 @@ call() {
 }
 
 words_of_gcloud() {
-    grep -v '^ *$' "$scratch/err" | tail -n 5
+    sed -n '/^ERROR/,$p' "$scratch/err" | grep -v '^ *$' | head -n 5 | grep . || tail -n 5 "$scratch/err"
 }
 
-readonly FOR_GOOD='PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|unrecognized arguments|Invalid value|do(es)? not currently have an active account|required property|SERVICE_DISABLED'
+# What says that the next try will not do better.
+FOR_GOOD='PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|SERVICE_DISABLED|unrecognized arguments|[Ii]nvalid value'
+readonly FOR_GOOD="$FOR_GOOD|have an active account|required property|properly specified|Failed to find attribute"
 
 describe() { # GROUP FORMAT: sets `word` to the state
     if call "$1" describe "$name" "--format=$2"; then

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +187,13 @@ def test_what_cannot_be_meant_is_refused_before_any_call(cluster, command, sente
 
 def test_what_is_not_there_is_said_in_one_sentence(cluster, tmp_path):
     (cluster.bin / "sbatch").unlink()
+    everything = cluster.environment["PATH"]
+    for tool in ("bash", "dirname", "basename"):
+        (cluster.bin / tool).symlink_to(shutil.which(tool))
+    cluster.environment["PATH"] = str(cluster.bin)
     done = cluster.do()
     assert (done.returncode, done.stderr.count("\n")) == (64, 1) and "there is no sbatch here" in done.stderr
+    cluster.environment["PATH"] = everything
     batch = cluster.command()[2:]
     done = launch("slurm.sbatch", f"--root={tmp_path}", *batch, environment=cluster.environment)
     assert done.returncode == 78 and "is no checkout of sami_jax" in done.stderr

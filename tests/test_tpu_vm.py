@@ -295,6 +295,9 @@ def test_no_capacity_is_waited_out_and_a_refusal_is_not(cloud):
 def test_nothing_is_created_where_nobody_can_say_what_there_is(cloud):
     done = cloud.plays(describe=["!PERMISSION_DENIED: Permission 'tpu.nodes.get' denied"]).do("up")
     assert (done.returncode, cloud.verbs) == (78, []) and "tpu.nodes.get" in done.stderr
+    nobody = "You do not currently have an active account selected.\nPlease run:\n\n  $ gcloud auth login\n\nto obtain"
+    done = cloud.plays(describe=[f"!{nobody}"]).do("up")
+    assert (done.returncode, cloud.verbs) == (78, []) and "have an active account" in done.stderr
     done = cloud.plays(describe=["!UNAVAILABLE: try again later"] * 100).do("up", "--wait=0")
     assert (done.returncode, cloud.verbs) == (75, [])
     done = cloud.plays(describe=["!UNAVAILABLE: try again later", None]).do("create")
