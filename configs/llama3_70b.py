@@ -4,7 +4,7 @@
         --config.queries.evaluation=... --config.constitutions.principles=...
 
 Hardware: 64 TPU v5p chips (v5p:4x4x4, sold as v5p-128); a step takes 27.60 of a chip's 95 GiB (docs/models.md).
-They are several hosts, on which `sami run` does not work yet (README.md).
+They are several hosts: docs/launch.md.
 Duration: not measured, no TPU has run it. The matmuls of its 24 steps, 274 167 TFLOP each, take 9 minutes at 40 % of
 the chips' peak; sampling of 3072 queries and the evaluations come on top.
 Expected: the paper reports win rates of 54.0, 59.8 and 60.2 % against the base after iterations 1, 2 and 3, and of

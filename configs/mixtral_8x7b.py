@@ -4,7 +4,7 @@
         --config.queries.evaluation=... --config.constitutions.principles=...
 
 Hardware: 16 TPU v5p chips (v5p:2x2x4, sold as v5p-32); a step takes 55.68 of a chip's 95 GiB (docs/models.md).
-They are several hosts, on which `sami run` does not work yet (README.md).
+They are several hosts: docs/launch.md.
 Duration: not measured, no TPU has run it. The matmuls of its 12 steps, 54 189 TFLOP each, take 4 minutes at 40 % of the
 chips' peak; sampling of 1536 queries and the evaluations come on top.
 Expected: the paper reports win rates of 56.8, 66.0 and 62.0 % against the base after iterations 1, 2 and 3 (TL;DR,

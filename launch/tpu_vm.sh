@@ -174,6 +174,7 @@ make_bundle() {
     id="$(printf '%s\n%s\n' "$tree" "$settings" | git hash-object --stdin | cut -c 1-16)"
     bundle="${XDG_CACHE_HOME:-$HOME/.cache}/sami_jax/$name-$id"
     if ((dry)); then
+        unset GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_OBJECT_DIRECTORY GIT_INDEX_FILE
         comment "writes $bundle/: bundle-$id.tar, the checkout; tpu_worker.sh; startup.sh, for a node that boots;"
         comment 'launch.sh, with'
         while IFS= read -r line; do comment "  $line"; done <<<"$settings"

@@ -1,5 +1,6 @@
 """What all launchers share: quoting, and which exit code of a run is followed by another start."""
 
+import re
 import shlex
 import signal
 import subprocess
@@ -107,3 +108,24 @@ def test_arguments_of_sami_run_that_a_launcher_cannot_take(arguments, sentence):
 
 def test_a_workdir_in_two_words():
     assert bash('read_workdir "$@"; echo "$workdir"', "--workdir", "/a b", "--x").stdout == "/a b\n"
+
+
+def commands_of_the_page() -> list[str]:
+    page = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = page.split("```bash\n")[1:]
+    return [line for block in blocks for line in block.partition("```")[0].splitlines() if line.startswith("launch/")]
+
+
+@pytest.mark.parametrize("command", commands_of_the_page())
+def test_the_commands_of_the_page_are_taken(command, tmp_path):
+    (tmp_path / "keys.env").touch(0o600)
+    dry = command.replace(" --run", "").replace("$HOME", str(tmp_path))
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", dry], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^(gcloud|sbatch|kubectl) ", done.stdout, re.MULTILINE)
+
+
+def test_the_page_shows_all_launchers():
+    scripts = {command.split()[0] for command in commands_of_the_page()}
+    assert scripts == {"launch/tpu_vm.sh", "launch/slurm.sh", "launch/gke/jobset.sh"}
