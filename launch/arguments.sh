@@ -79,3 +79,20 @@ read_workdir() {
     done
     [[ -n "$workdir" ]] || refuse 'sami run needs --workdir=DIR'
 }
+
+# place_workdir DISK: has a relative workdir of `arguments` mean one on that disk, for there is no other place that lasts; an
+# absolute one has to be there already.
+place_workdir() {
+    local i
+    if [[ "$workdir" != /* ]]; then
+        workdir="${1%/}/$workdir"
+        for ((i = 0; i < ${#arguments[@]}; i++)); do
+            case "${arguments[i]}" in
+                --workdir=*) arguments[i]="--workdir=$workdir" ;;
+                --workdir) arguments[i + 1]="$workdir" ;;
+            esac
+        done
+    fi
+    [[ "$workdir" == "${1%/}"/?* && "/$workdir/" != */../* ]] ||
+        refuse "--workdir=$workdir is not on the shared disk at $1, and would be lost with the machine"
+}

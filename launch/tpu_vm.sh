@@ -32,8 +32,9 @@ usage: launch/tpu_vm.sh VERB --name=NAME --zone=ZONE --type=TYPE [flags] [-- arg
   --queued              wait in the queue of Cloud TPU (queued resources); give it to every verb, or to none
   --project=PROJECT     else the one that gcloud is set to
   --runtime=VERSION     image of the workers (default: by the type)
-  --storage=WHERE       what all workers share, HOST:/SHARE (NFS, such as Filestore) or gs://BUCKET[/FOLDER]
-  --mount=DIR           where they see it (default: /mnt/sami)
+  --storage=WHERE       what all workers share, HOST:/SHARE (NFS, such as Filestore) or gs://BUCKET[/FOLDER]; without it,
+                        the run is lost with the node
+  --mount=DIR           where they see it, and where a relative --workdir goes (default: /mnt/sami)
   --mount-options=LIST  default: vers=3,nolock,hard for NFS
   --secret=VAR=NAME     environment variable VAR of the run, from NAME of Secret Manager; again for more
   --env-file=FILE       VAR=VALUE lines for the run, copied to the workers; readable for you alone (chmod 600)
@@ -132,10 +133,10 @@ check_flags() {
     check_env_file "$env_file"
     if ((${#arguments[@]})); then
         read_workdir "${arguments[@]}"
+        if [[ -n "$storage" || "$workdir" != /* ]]; then
+            place_workdir "$mount"
+        fi
         logs="${logs:-${workdir%/}.logs}"
-        [[ "$workdir" == /* ]] || refuse "--workdir=$workdir is no absolute path, by which all workers find it"
-        [[ -z "$storage" || "$workdir" == "${mount%/}"/* ]] ||
-            refuse "--workdir=$workdir is not on the shared storage at $mount, and would be lost with the node"
     else
         case "$verb" in
             up | setup | run) refuse "the arguments of sami run are missing; they come behind --" ;;

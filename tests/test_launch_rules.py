@@ -110,6 +110,20 @@ def test_a_workdir_in_two_words():
     assert bash('read_workdir "$@"; echo "$workdir"', "--workdir", "/a b", "--x").stdout == "/a b\n"
 
 
+@pytest.mark.parametrize(
+    "given, placed",
+    [
+        (["--workdir=runs/a"], ["--workdir=/disk/runs/a"]),
+        (["--workdir", "runs/a"], ["--workdir", "/disk/runs/a"]),
+        (["--workdir=/disk/runs/a"], ["--workdir=/disk/runs/a"]),
+    ],
+)
+def test_a_relative_workdir_is_one_on_the_disk(given, placed):
+    script = 'arguments=("$@"); read_workdir "$@"; place_workdir /disk/; printf "%s\\0" "$workdir" "${arguments[@]}"'
+    done = bash(script, "a b", *given, "--c=")
+    assert done.stdout.split("\0")[:-1] == ["/disk/runs/a", "a b", *placed, "--c="], done.stderr
+
+
 def commands_of_the_page() -> list[str]:
     page = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = page.split("```bash\n")[1:]

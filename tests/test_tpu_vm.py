@@ -400,8 +400,8 @@ def test_delete_after_deletes_the_node_whatever_the_end(cloud):
         (["create", *NODE[:2], "--type=v9-8"], "which image has a v9-8? give --runtime=VERSION"),
         (["up", *NODE], "the arguments of sami run are missing"),
         (["up", *NODE, "--", "--config=a"], "sami run needs --workdir=DIR"),
-        (["up", *NODE, "--", "--workdir=runs/a"], "--workdir=runs/a is no absolute path"),
-        (["up", *NODE, "--storage=h:/s", "--", "--workdir=/tmp/a"], "not on the shared storage at /mnt/sami"),
+        (["up", *NODE, "--", "--workdir=runs/../../a"], "/mnt/sami/runs/../../a is not on the shared disk"),
+        (["up", *NODE, "--storage=h:/s", "--", "--workdir=/tmp/a"], "not on the shared disk at /mnt/sami"),
         (
             ["up", *NODE, "--storage=disk", "--", "--workdir=/mnt/sami/a"],
             "--storage=disk is neither HOST:/SHARE nor gs://BUCKET",

@@ -25,7 +25,7 @@ usage: launch/gke/jobset.sh VERB --name=NAME [flags] [-- arguments of sami run]
   --topology=AxB[xC]    such as 4x4
   --chips=N             of each host (default: 4)
   --claim=NAME          PersistentVolumeClaim (ReadWriteMany) of the disk that all pods share
-  --mount=DIR           where they see it (default: /mnt/sami)
+  --mount=DIR           where they see it, and where a relative --workdir goes (default: /mnt/sami)
   --secret=VAR=NAME/KEY environment variable VAR of the run, from KEY of the cluster's Secret NAME; again for more
   --memory=SIZE         of each pod, such as 100Gi (default: no request)
   --spot                on spot nodes
@@ -43,7 +43,7 @@ USAGE_END
 
 verb='' name='' image='' accelerator='' topology='' chips=4 claim='' mount=/mnt/sami memory='' spot=0 service_account=''
 namespace='' logs='' max_restarts=20 grace=300 pod=0 dry=1
-secrets=()
+secrets=() arguments=()
 case "${1-}" in
     apply | manifest | status | logs | delete) verb="$1" ;;
     --help | -h) usage && exit 0 ;;
@@ -107,8 +107,8 @@ check_run() {
     check_number --max-restarts "$max_restarts" 0 100000
     check_number --grace "$grace" 30 86400
     read_workdir "$@"
-    [[ "$workdir" == "${mount%/}"/* ]] ||
-        refuse "--workdir=$workdir is not on the shared disk at $mount, and would be lost with the pod"
+    arguments=("$@")
+    place_workdir "$mount"
     logs="${logs:-${workdir%/}.logs}"
 }
 
@@ -137,12 +137,11 @@ literal() {
 }
 
 manifest() {
-    fill_in "$@" | sed '/^$/d' # the lines of what was not given
+    fill_in | sed '/^$/d' # the lines of what was not given
 }
 
 fill_in() {
     local secret argument
-    shift # --
     cat <<MANIFEST_END
 apiVersion: "jobset.x-k8s.io/v1alpha2"
 kind: "JobSet"
@@ -187,7 +186,7 @@ $([[ "$spot" == 0 ]] || printf '                cloud.google.com/gke-spot: "true
                   image: $(json "$image")
                   command: ["bash", "/opt/sami/launch/gke/pod.sh"]
                   args:
-$(for argument in "$logs" "$max_restarts" "$@"; do printf '                    - %s\n' "$(literal "$argument")"; done)
+$(for argument in "$logs" "$max_restarts" "${arguments[@]}"; do printf '                    - %s\n' "$(literal "$argument")"; done)
                   env:
                     - name: "HF_HOME"
                       value: $(literal "${mount%/}/.sami/huggingface")
@@ -233,15 +232,15 @@ case "$verb" in
 esac
 ((dry)) || [[ "$verb" == manifest ]] || command -v kubectl >/dev/null || fail "$USAGE" 'there is no kubectl here; install it'
 case "$verb" in
-    manifest) manifest "$@" ;;
+    manifest) manifest ;;
     apply)
         if ((dry)); then
             printf '%s <<%s\n' "$(quoted kubectl ${namespace:+"--namespace=$namespace"} create -f -)" "'MANIFEST'"
-            manifest "$@"
+            manifest
             echo MANIFEST
         else
             # A second JobSet of the name is refused there, so that no run is disturbed.
-            manifest "$@" | call create -f - || fail "$BAD_CONFIG" "the cluster does not take the JobSet $name"
+            manifest | call create -f - || fail "$BAD_CONFIG" "the cluster does not take the JobSet $name"
         fi
         ;;
     status)
