@@ -188,8 +188,6 @@ make_bundle() {
         say "the checkout is more than 200 MB, all of which goes to the workers; what git ignores does not"
     printf 'id=%s\n%s\n' "$id" "$settings" >"$bundle/files/launch.sh"
     cp "$root/launch/tpu_worker.sh" "$bundle/files/tpu_worker.sh"
-    rm -f "$bundle/files/secrets.env"
-    [[ -z "$env_file" ]] || (umask 077 && cp "$env_file" "$bundle/files/secrets.env")
     # Settings that were put on the node since it was made stay.
     cat >"$bundle/startup.sh" <<STARTUP_END
 #!/usr/bin/env bash
@@ -296,8 +294,10 @@ create() {
         fail "$BAD_CONFIG" "gcloud cannot create $name: $(words_of_gcloud)"
     fi
     say "not created yet: $(words_of_gcloud)"
+    sleep "$((poll * 5))" # the zone may be full for hours
 }
 
+# remove: fails where the node is not deleted yet.
 remove() {
     if ((queued)); then
         call queued-resources delete "$name" --force && return
@@ -308,6 +308,7 @@ remove() {
         fail "$BAD_CONFIG" "gcloud cannot delete $name: $(words_of_gcloud)"
     fi
     say "not deleted yet: $(words_of_gcloud)"
+    return 1
 }
 
 # bring_up: returns when the node is ready; ends with 75 when it is not after --wait seconds.
@@ -325,7 +326,7 @@ bring_up() {
             broken)
                 ((!created)) || settle "$AGAIN"
                 created=0
-                remove
+                remove || true
                 ;;
         esac
         ((dry)) && continue
@@ -383,11 +384,12 @@ ask() {
 # set_up: returns 0, or sets `code` to why not.
 set_up() {
     local there="sami-$name" files=("$bundle/files/bundle-$id.tar" "$bundle/files/launch.sh" "$bundle/files/tpu_worker.sh")
-    [[ -z "$env_file" ]] || files+=("$bundle/files/secrets.env")
     ((dry)) || say "setting up the workers of $name"
     code=255
     if call tpu-vm ssh "$name" --worker=all "--command=umask 077; mkdir -p $there" ${ssh_flags[@]+"${ssh_flags[@]}"} &&
         call tpu-vm scp "${files[@]}" "$name:$there/" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"} &&
+        { [[ -z "$env_file" ]] ||
+            call tpu-vm scp "$env_file" "$name:$there/secrets.env" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}; } &&
         ask all "$(as_root "exec bash \"\$1/tpu_worker.sh\" setup $name \"\$1\"" "\"\$HOME/$there\"")"; then
         ((ended)) || return 0
         code="$(worst "${codes[@]}")"
@@ -462,8 +464,8 @@ settle() {
 leave() {
     local how=(delete "--name=$name" "--zone=$zone" ${project:+"--project=$project"})
     ((!queued)) || how+=(--queued)
-    if ((delete_after)); then
-        remove
+    if ((delete_after)) && remove; then
+        :
     elif ((!dry)); then
         say "node $name may still be there, and be paid for: $program ${how[*]} --run"
     fi
@@ -521,11 +523,12 @@ case "$verb" in
         ;;
     stop)
         ask all "$(on_worker stop)" || fail "$AGAIN" 'not all workers answer; try again'
+        ((dry)) || say "$running of $workers workers save and end, $stopped have ended"
         ;;
     delete)
         look
         if ((dry)) || [[ "$state" != absent ]]; then
-            remove
+            remove || exit "$AGAIN"
         fi
         ;;
 esac

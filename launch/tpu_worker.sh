@@ -42,7 +42,7 @@ give_up() { # CODE SENTENCE
 }
 
 running() { # the run, and all that it started, hold this lock; a kill of any kind drops it
-    ! flock -n run.lock true
+    ! flock -n -s run.lock true
 }
 
 mounted() {

@@ -98,6 +98,8 @@ def test_a_dry_run_prints_what_is_called(cluster):
     assert cluster.calls("sbatch") == [printed[4:]]
     assert {"--requeue", "--signal=TERM@600", "--open-mode=append", "--partition=my part"} < set(printed)
     assert printed[-len(HOSTILE) :] == HOSTILE
+    log = str(cluster.logs).replace("%", "%%")  # in which SLURM fills in %j, the job
+    assert f"--output={log}/slurm-%j.log" in printed
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_dry_run_prints_all_of_it_and_calls_nothing(cloud):
         "queued-resources create",
         "queued-resources describe",
         "tpu-vm describe",
-        *["tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh"],  # set up
+        *["tpu-vm ssh", "tpu-vm scp", "tpu-vm scp", "tpu-vm ssh"],  # set up
         *["tpu-vm ssh", "tpu-vm ssh"],  # started, and looked at
     ]
     create = commands[1]
@@ -160,8 +160,8 @@ def test_secrets_come_by_file_or_secret_manager_and_stand_in_no_command(cloud):
     assert "hush" not in said and "value of hf-token" not in said
     for copy in [*cloud.folder.parent.rglob("secrets.env")]:
         assert copy.stat().st_mode & 0o077 == 0, copy
-    assert len(list(cloud.folder.rglob("secrets.env"))) == 2  # of the workers, and not on the shared disk
-    assert not list(cloud.mount.rglob("secrets.env"))
+    # One of each worker, and none here or on the shared disk.
+    assert len(list(cloud.folder.parent.rglob("secrets.env"))) == 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--queued", "--spot"]])
@@ -419,6 +419,15 @@ def test_what_cannot_be_meant_is_refused_before_any_call(cloud, command, sentenc
     )
     assert (done.returncode, cloud.calls) == (64, []), done.stderr
     assert sentence in done.stderr.splitlines()[0]
+
+
+def test_a_node_that_is_not_deleted_is_no_success(cloud):
+    assert cloud.do("create").returncode == 0
+    busy = "!ABORTED: another operation is in progress"
+    done = cloud.plays(delete=[busy]).do("delete")
+    assert done.returncode == 75 and "not deleted yet: ERROR" in done.stderr
+    done = cloud.plays(delete=[busy]).do("up", "--delete-after")
+    assert done.returncode == 0 and "may still be there, and be paid for" in done.stderr
 
 
 def test_without_gcloud_there_is_one_sentence(cloud):
