@@ -171,8 +171,8 @@ def test_a_preempted_node_is_made_again_and_goes_on_by_itself(cloud, flags):
     with launched(cloud, command) as process:
         wait_for(lambda: cloud.starts(1) == 2 and cloud.starts(0) == 2)
         # The new node has started it before anybody came by ssh: its disks are new, its code is from the shared disk.
-        node = cloud.folder / "node-2" / "worker-0" / "sami" / "sami"
-        assert (node / "run.lock").exists()
+        boots = [json.loads((cloud.folder / f"boot-{made}.json").read_text()) for made in (1, 2)]
+        assert boots == [["", ""], ["sami-worker 0 2 running 0\n", "sami-worker 1 2 running 0\n"]]
         settings = {file.read_text() for file in cloud.folder.glob("node-*/worker-*/sami/sami/launch.sh")}
         assert len(settings) == 1  # one name, one command, one code
         wait_for(lambda: sum('sh" start sami' in call[-3] for call in cloud.calls) == 2)  # up has found it, too
@@ -196,6 +196,11 @@ def launched(cloud: Cloud, command: list[str]) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_how_a_run_ended_that_the_new_node_started_by_itself_counts(cloud):
+    done = cloud.plays([["preempt", 137], 70, 70, 0]).do("up")
+    assert (done.returncode, cloud.starts(0), cloud.starts(1)) == (70, 3, 3), done.stderr
 
 
 def test_a_node_that_reboots_goes_on_with_the_settings_it_was_given_last(cloud):
@@ -367,7 +372,7 @@ def test_status_and_logs_show_every_worker(cloud):
 
 
 def test_another_run_on_the_node_is_not_disturbed(cloud):
-    cloud.plays(["wait"])
+    cloud.plays(["wait", 0])
     with launched(cloud, cloud.command("up", "--run")) as process:
         wait_for(lambda: cloud.starts(0) and cloud.starts(1))
         done = cloud.do("run", arguments=["--config.seed=2"])
@@ -376,6 +381,8 @@ def test_another_run_on_the_node_is_not_disturbed(cloud):
         output = process.communicate(timeout=LIMIT_S)[0]
     assert process.returncode == 75, output
     assert (cloud.starts(0), cloud.starts(1)) == (1, 1)
+    assert cloud.do("up").returncode == 0  # goes on
+    assert (cloud.starts(0), cloud.starts(1)) == (2, 2)
 
 
 def test_delete_after_deletes_the_node_whatever_the_end(cloud):

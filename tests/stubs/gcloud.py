@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from subprocess import PIPE
 
 cloud = pathlib.Path(os.environ["CLOUD"])
 arguments = sys.argv[1:]
@@ -52,13 +53,15 @@ def home(worker):
     return folder
 
 
-def on(worker, command):
+def on(worker, command, stdout=None):
     environment = os.environ | {
         "HOME": str(home(worker)),
         "TPU_WORKER_ID": str(worker),
         "TPU_WORKER_HOSTNAMES": ",".join(f"host-{i}" for i in range(workers)),
     }
-    return subprocess.Popen(command, env=environment, cwd=home(worker), stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command, env=environment, cwd=home(worker), stdin=subprocess.DEVNULL, stdout=stdout, text=True
+    )
 
 
 def make():
@@ -68,8 +71,8 @@ def make():
     if startup:
         kept = cloud / f"startup-{node['made']}.sh"
         shutil.copyfile(startup, kept)
-        for process in [on(worker, ["bash", kept]) for worker in range(workers)]:
-            process.wait()
+        said = [process.communicate()[0] for process in [on(worker, ["bash", kept], PIPE) for worker in range(workers)]]
+        write(f"boot-{node['made']}.json", said)
 
 
 with (cloud / "calls.jsonl").open("a") as calls:
