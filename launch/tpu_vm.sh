@@ -209,14 +209,16 @@ exec bash tpu_worker.sh boot $name
 STARTUP_END
 }
 
-# call GROUP VERB ARGUMENT...: gcloud compute tpus GROUP VERB ..., with its words in $scratch/out and $scratch/err.
+# call GROUP VERB ARGUMENT...: gcloud compute tpus GROUP VERB ..., with its words in $scratch/out and $scratch/err; sets `status`.
 call() {
     local command=(gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"} --quiet)
+    status=0
     if ((dry)); then
         printf '%s\n' "$(quoted "${command[@]}")"
         return
     fi
-    "${command[@]}" >"$scratch/out" 2>"$scratch/err" </dev/null
+    "${command[@]}" >"$scratch/out" 2>"$scratch/err" </dev/null || status=$?
+    return "$status"
 }
 
 words_of_gcloud() {
@@ -385,17 +387,29 @@ ask() {
 set_up() {
     local there="sami-$name" files=("$bundle/files/bundle-$id.tar" "$bundle/files/launch.sh" "$bundle/files/tpu_worker.sh")
     ((dry)) || say "setting up the workers of $name"
-    code=255
+    heard=0 ended=0
     if call tpu-vm ssh "$name" --worker=all "--command=umask 077; mkdir -p $there" ${ssh_flags[@]+"${ssh_flags[@]}"} &&
         call tpu-vm scp "${files[@]}" "$name:$there/" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"} &&
         { [[ -z "$env_file" ]] ||
             call tpu-vm scp "$env_file" "$name:$there/secrets.env" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}; } &&
         ask all "$(as_root "exec bash \"\$1/tpu_worker.sh\" setup $name \"\$1\"" "\"\$HOME/$there\"")"; then
         ((ended)) || return 0
-        code="$(worst "${codes[@]}")"
     fi
-    ((dry)) || words_of_worker
+    why_not
     return 1
+}
+
+# why_not: after an `ask` that did not do, sets `code`, and shows what was said.
+why_not() {
+    if ! ((heard)) && grep -q -E "$FOR_GOOD" "$scratch/err"; then
+        fail "$BAD_CONFIG" "gcloud does not reach the workers of $name: $(words_of_gcloud)"
+    fi
+    words_of_worker
+    if ((ended)); then
+        code="$(worst "${codes[@]}")"
+    else # what no worker has said is what ssh says; gcloud itself ends with 1 where there is no connection
+        code="$((heard || status < 2 ? 255 : status))"
+    fi
 }
 
 words_of_worker() {
@@ -404,12 +418,10 @@ words_of_worker() {
 
 # start: returns 0 when the run runs on all workers, or sets `code` to why not.
 start() {
-    code=255
     if ask all "$(on_worker start)"; then
         ((ended)) || return 0
-        code="$(worst "${codes[@]}")"
     fi
-    ((dry)) || words_of_worker
+    why_not
     return 1
 }
 
@@ -502,7 +514,7 @@ check_flags
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 : >"$scratch/codes"
-id='' bundle='' asked=0 code=0 heard=0 workers=0
+id='' bundle='' asked=0 code=0 heard=0 workers=0 ended=0 status=0
 ((!${#arguments[@]})) || make_bundle
 trap 'say "what runs on the node goes on; the same command follows it, and stop ends it"; exit 130' INT TERM
 [[ "$verb" == up || "$verb" == create ]] || imagined=ready

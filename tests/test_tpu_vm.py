@@ -319,6 +319,14 @@ def test_a_set_up_that_fails_says_why_and_is_tried_a_few_times(cloud):
     assert "access denied: -t nfs -o vers=3,nolock,hard 10.0.0.2:/share" in done.stderr
 
 
+def test_a_set_up_that_cannot_begin_ends_by_what_ssh_says(cloud):
+    wrong = "!unrecognized arguments: --fast"
+    done = cloud.plays(ssh=[wrong]).do("up", "--ssh-flag=--fast")
+    assert (done.returncode, "gcloud does not reach the workers of sami" in done.stderr) == (78, True), done.stderr
+    assert "unrecognized arguments: --fast" in done.stderr
+    assert cloud.plays(ssh=["!banner exchange: Connection reset", None, "!Connection reset"]).do("up").returncode == 0
+
+
 def test_a_bucket_is_mounted_and_sami_jax_installed(cloud):
     put(cloud.bin, "mountpoint", "#!/bin/sh\nexit 1\n")
     put(cloud.bin, "gcsfuse", f'#!/bin/sh\nprintf "%s\\n" "$*" >>{cloud.folder}/mounts\n')
