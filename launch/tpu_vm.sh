@@ -137,6 +137,10 @@ check_flags() {
             place_workdir "$mount"
         fi
         logs="${logs:-${workdir%/}.logs}"
+        if [[ -z "$storage" ]]; then
+            local alone='without --storage a run is lost with its node, and several hosts cannot share one'
+            if ((dry)); then comment "$alone"; else say "$alone"; fi
+        fi
     else
         case "$verb" in
             up | setup | run) refuse "the arguments of sami run are missing; they come behind --" ;;

@@ -145,6 +145,15 @@ def test_a_dry_run_prints_all_of_it_and_calls_nothing(cloud):
     assert [command[1:] for command in commands] == called
 
 
+def test_a_run_without_a_shared_disk_is_warned_about(cloud):
+    warning = "without --storage a run is lost with its node"
+    done = launch("tpu_vm.sh", "up", *NODE, "--", "--workdir=runs/a", environment=cloud.environment)
+    assert (done.returncode, f"# {warning}" in done.stdout) == (0, True)
+    done = launch("tpu_vm.sh", "up", *NODE, "--run", "--wait=0", "--", "--workdir=/a", environment=cloud.environment)
+    assert warning in done.stderr
+    assert warning not in cloud.do("setup").stderr
+
+
 def test_secrets_come_by_file_or_secret_manager_and_stand_in_no_command(cloud):
     file = put(cloud.folder, "keys.env", "OTHER='hush hush'\n")
     file.chmod(0o640)
