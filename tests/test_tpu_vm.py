@@ -179,12 +179,12 @@ def test_a_preempted_node_is_made_again_and_goes_on_by_itself(cloud, flags):
     command = cloud.command("up", "--run", *flags)
     with launched(cloud, command) as process:
         wait_for(lambda: cloud.starts(1) == 2 and cloud.starts(0) == 2)
+        wait_for(lambda: sum('sh" start sami' in call[-3] for call in cloud.calls) == 2)  # up has found it, too
+        settings = {file.read_text() for file in cloud.folder.glob("node-*/worker-*/sami/sami/launch.sh")}
+        assert len(settings) == 1  # one name, one command, one code
         # The new node has started it before anybody came by ssh: its disks are new, its code is from the shared disk.
         boots = [json.loads((cloud.folder / f"boot-{made}.json").read_text()) for made in (1, 2)]
         assert boots == [["", ""], ["sami-worker 0 2 running 0\n", "sami-worker 1 2 running 0\n"]]
-        settings = {file.read_text() for file in cloud.folder.glob("node-*/worker-*/sami/sami/launch.sh")}
-        assert len(settings) == 1  # one name, one command, one code
-        wait_for(lambda: sum('sh" start sami' in call[-3] for call in cloud.calls) == 2)  # up has found it, too
         assert (
             launch("tpu_vm.sh", *cloud.command("stop", "--run", *flags), environment=cloud.environment).returncode == 0
         )
