@@ -35,6 +35,19 @@ quoted() {
     printf '%s' "$line"
 }
 
+# take_flag ARGUMENT VARIABLE...: sets the one of these variables that --its-name=value names; refuses what names none.
+take_flag() {
+    local _flag="${1%%=*}" _variable
+    _flag="${_flag#--}"
+    for _variable in "${@:2}"; do
+        if [[ "$1" == --*=* && "$_flag" == "${_variable//_/-}" ]]; then
+            printf -v "$_variable" '%s' "${1#*=}"
+            return
+        fi
+    done
+    refuse "unknown argument $1; flags have the form --flag=value, the arguments of sami run come behind --"
+}
+
 # check_number FLAG VALUE LEAST MOST
 check_number() {
     if [[ ! "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then

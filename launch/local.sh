@@ -27,12 +27,9 @@ EOF
 processes='' devices='' logs=''
 while (($#)); do
     case "$1" in
-        --processes=*) processes="${1#*=}" ;;
-        --devices=*) devices="${1#*=}" ;;
-        --logs=*) logs="${1#*=}" ;;
         --help | -h) usage && exit 0 ;;
         --) break ;;
-        *) refuse "unknown argument $1; the arguments of sami run come behind --" ;;
+        *) take_flag "$1" processes devices logs ;;
     esac
     shift
 done

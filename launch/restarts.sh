@@ -51,6 +51,14 @@ worst() {
     printf '%s' "$first"
 }
 
+# set_environment PLATFORMS: of a run. Where the first of them does not start, JAX shall say so instead of computing on the
+# CPU, which stands behind it to make the base of a miniature.
+set_environment() {
+    ulimit -n 100000 2>/dev/null || true
+    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}"
+    export JAX_PLATFORMS="${JAX_PLATFORMS:-$1}"
+}
+
 # supervise COMMAND...: runs it, hands TERM and INT on to it, and sets `code` to its exit code. From then on the shell ignores
 # both, so that whoever sends them more than once does not keep it from writing the code down.
 supervise() {

@@ -33,21 +33,11 @@ nodes='' gpus='' per=gpu time='' term_ahead=300 job_name='' max_restarts=20 env_
 sbatch_flags=()
 while (($#)); do
     case "$1" in
-        --nodes=*) nodes="${1#*=}" ;;
-        --gpus=*) gpus="${1#*=}" ;;
-        --per=*) per="${1#*=}" ;;
-        --time=*) time="${1#*=}" ;;
-        --term-ahead=*) term_ahead="${1#*=}" ;;
-        --job-name=*) job_name="${1#*=}" ;;
-        --max-restarts=*) max_restarts="${1#*=}" ;;
-        --env-file=*) env_file="${1#*=}" ;;
-        --logs=*) logs="${1#*=}" ;;
-        --python=*) python="${1#*=}" ;;
         --sbatch-flag=*) sbatch_flags+=("${1#*=}") ;;
         --run) dry=0 ;;
         --help | -h) usage && exit 0 ;;
         --) break ;;
-        *) refuse "unknown argument $1; flags have the form --flag=value, the arguments of sami run come behind --" ;;
+        *) take_flag "$1" nodes gpus per time term_ahead job_name max_restarts env_file logs python ;;
     esac
     shift
 done

@@ -68,22 +68,6 @@ read_flags() {
     shift
     while (($#)); do
         case "$1" in
-            --name=*) name="${1#*=}" ;;
-            --zone=*) zone="${1#*=}" ;;
-            --type=*) type="${1#*=}" ;;
-            --project=*) project="${1#*=}" ;;
-            --runtime=*) runtime="${1#*=}" ;;
-            --storage=*) storage="${1#*=}" ;;
-            --mount=*) mount="${1#*=}" ;;
-            --mount-options=*) mount_options="${1#*=}" ;;
-            --python=*) python="${1#*=}" ;;
-            --logs=*) logs="${1#*=}" ;;
-            --env-file=*) env_file="${1#*=}" ;;
-            --max-restarts=*) max_restarts="${1#*=}" ;;
-            --wait=*) wait="${1#*=}" ;;
-            --poll=*) poll="${1#*=}" ;;
-            --worker=*) worker="${1#*=}" ;;
-            --lines=*) lines="${1#*=}" ;;
             --secret=*) secrets+=("${1#*=}") ;;
             --create-flag=*) create_flags+=("${1#*=}") ;;
             --ssh-flag=*) ssh_flags+=("${1#*=}") ;;
@@ -97,7 +81,10 @@ read_flags() {
                 arguments=("$@")
                 break
                 ;;
-            *) refuse "unknown argument $1; flags have the form --flag=value, the arguments of sami run come behind --" ;;
+            *)
+                take_flag "$1" name zone type project runtime storage mount mount_options python \
+                    logs env_file max_restarts wait poll worker lines
+                ;;
         esac
         shift
     done
@@ -362,12 +349,12 @@ on_worker() {
     as_root "exec bash \"\$HOME/sami/$name/tpu_worker.sh\" $1 $name ${2-}"
 }
 
-# ask WHERE COMMAND: runs it on the workers; sets `workers`, and how many of them are `running`, `ended`, `stopped`, `idle`,
-# with the `codes` of those that do not run. Fails where not all of them answered.
+# ask COMMAND: runs it on all workers; sets `workers`, and how many of them are `running`, `ended` and `stopped`, with the
+# `codes` of those that do not run. Fails where not all of them answered.
 ask() {
     local line seen=' '
-    workers=0 heard=0 running=0 ended=0 stopped=0 idle=0 codes=() says=''
-    call tpu-vm ssh "$name" "--worker=$1" "--command=$2" ${ssh_flags[@]+"${ssh_flags[@]}"} || true
+    workers=0 heard=0 running=0 ended=0 stopped=0 codes=() says=''
+    call tpu-vm ssh "$name" --worker=all "--command=$1" ${ssh_flags[@]+"${ssh_flags[@]}"} || true
     ((!dry)) || return 0
     while IFS= read -r line; do
         [[ "$line" != 'sami-says '* ]] || says="${line#* }"
@@ -380,7 +367,7 @@ ask() {
             running) running=$((running + 1)) ;;
             ready) ;;
             stopped) stopped=$((stopped + 1)) codes+=("${BASH_REMATCH[4]}") ;;
-            idle) idle=$((idle + 1)) codes+=("$AGAIN") ;; # a worker that was made again, without the others
+            idle) codes+=("$AGAIN") ;; # a worker that was made again, without the others
             *) ended=$((ended + 1)) codes+=("${BASH_REMATCH[4]}") ;;
         esac
     done <"$scratch/out"
@@ -396,7 +383,7 @@ set_up() {
         call tpu-vm scp "${files[@]}" "$name:$there/" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"} &&
         { [[ -z "$env_file" ]] ||
             call tpu-vm scp "$env_file" "$name:$there/secrets.env" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"}; } &&
-        ask all "$(as_root "exec bash \"\$1/tpu_worker.sh\" setup $name \"\$1\"" "\"\$HOME/$there\"")"; then
+        ask "$(as_root "exec bash \"\$1/tpu_worker.sh\" setup $name \"\$1\"" "\"\$HOME/$there\"")"; then
         ((ended)) || return 0
     fi
     why_not
@@ -422,7 +409,7 @@ words_of_worker() {
 
 # start: returns 0 when the run runs on all workers, or sets `code` to why not.
 start() {
-    if ask all "$(on_worker start)"; then
+    if ask "$(on_worker start)"; then
         ((ended)) || return 0
     fi
     why_not
@@ -434,7 +421,7 @@ watch_run() {
     local fruitless=0 apart=0 said=''
     asked=0 code=0
     while :; do
-        if ask all "$(on_worker state)"; then
+        if ask "$(on_worker state)"; then
             ((!dry)) || return 0
             fruitless=0
             if [[ "$says" != "$said" ]]; then
@@ -450,7 +437,7 @@ watch_run() {
             apart=$((running < workers ? apart + 1 : 0))
             if ((apart > LOOKS)); then
                 say "$running of $workers workers still run after another has ended; they are ended, too"
-                ask all "$(on_worker halt)" || true
+                ask "$(on_worker halt)" || true
             fi
         else
             look
@@ -505,7 +492,7 @@ status() {
     look
     ((dry)) || printf 'node %s: %s\n' "$name" "$last_word"
     [[ "$state" == ready ]] || ((dry)) || exit 0
-    ask all "$(on_worker state)" || say 'not all workers answer; were they set up?'
+    ask "$(on_worker state)" || say 'not all workers answer; were they set up?'
     ((!dry)) || return 0
     grep '^sami-worker ' "$scratch/out" | sort -n -k 2 | while read -r _ number _ word code; do
         printf 'worker %s: %s%s\n' "$number" "$word" "$([[ "$word" == running || "$word" == idle ]] || echo " $code")"
@@ -538,7 +525,7 @@ case "$verb" in
         ((dry)) || cat "$scratch/out"
         ;;
     stop)
-        ask all "$(on_worker stop)" || fail "$AGAIN" 'not all workers answer; try again'
+        ask "$(on_worker stop)" || fail "$AGAIN" 'not all workers answer; try again'
         ((dry)) || say "$running of $workers workers save and end, $stopped have ended"
         ;;
     delete)

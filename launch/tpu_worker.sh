@@ -169,16 +169,13 @@ hold() {
         fi
         export "${secret%%=*}=$value"
     done
-    ulimit -n 100000 2>/dev/null || true
-    export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}"
-    # Where no TPU starts, JAX shall say so instead of computing on the CPU, which makes the base of a miniature.
-    export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
     if [[ -n "$storage" ]]; then
         export HF_HOME="${HF_HOME:-$mount/.sami/huggingface}"
         export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$mount/.sami/jax_cache}"
     fi
     # shellcheck source=launch/restarts.sh
     source "code-$id/launch/restarts.sh"
+    set_environment tpu,cpu
     local interpreter="${python:-$here/venv/bin/python}" into="$here/code"
     cd "code-$id"
     supervise "$interpreter" -m sami_jax run --distributed=auto "${arguments[@]}"

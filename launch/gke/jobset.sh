@@ -53,26 +53,15 @@ esac
 shift
 while (($#)); do
     case "$1" in
-        --name=*) name="${1#*=}" ;;
-        --image=*) image="${1#*=}" ;;
-        --accelerator=*) accelerator="${1#*=}" ;;
-        --topology=*) topology="${1#*=}" ;;
-        --chips=*) chips="${1#*=}" ;;
-        --claim=*) claim="${1#*=}" ;;
-        --mount=*) mount="${1#*=}" ;;
         --secret=*) secrets+=("${1#*=}") ;;
-        --memory=*) memory="${1#*=}" ;;
         --spot) spot=1 ;;
-        --service-account=*) service_account="${1#*=}" ;;
-        --namespace=*) namespace="${1#*=}" ;;
-        --logs=*) logs="${1#*=}" ;;
-        --max-restarts=*) max_restarts="${1#*=}" ;;
-        --grace=*) grace="${1#*=}" ;;
-        --pod=*) pod="${1#*=}" ;;
         --run) dry=0 ;;
         --help | -h) usage && exit 0 ;;
         --) break ;;
-        *) refuse "unknown argument $1; flags have the form --flag=value, the arguments of sami run come behind --" ;;
+        *)
+            take_flag "$1" name image accelerator topology chips claim mount memory \
+                service_account namespace logs max_restarts grace pod
+            ;;
     esac
     shift
 done

@@ -21,9 +21,7 @@ log="$logs/process-$number.log" ends="$logs/process-$number.codes"
 mkdir -p "$logs" || fail "$IO_FAILED" "cannot make $logs"
 [[ "${SAMI_START:-0}" != 0 ]] || rm -f "$ends" # of an earlier JobSet
 printf -- '--- process %s, start %s, %s\n' "$number" "${SAMI_START:-0}" "$(date -u +%FT%TZ)" >>"$log"
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}"
-# Where no TPU starts, JAX shall say so instead of computing on the CPU, which makes the base of a miniature.
-export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
+set_environment tpu,cpu
 
 # To the log on the shared disk, and to the pod's own, which is gone with it; by a pipe that has no part in the exit code.
 exec 3>&1
