@@ -23,12 +23,14 @@ setup(
     # Lower bounds are the oldest versions whose interface we use; constraints.txt holds the versions we test.
     extras_require={
         "train": [
+            "datasets>=4.2",
             "flax>=0.12",
             "huggingface_hub>=1.0",
             "jinja2>=3.1",
             "ml-collections>=1.0",
             "optax>=0.2.5",
             "orbax-checkpoint>=0.11.25",
+            "pyarrow>=21",
             "safetensors>=0.5",
             "tokenizers>=0.22",
             "transformers>=5.22",  # before it, some byte-level tokenizers become others (tests/test_tokenizer.py)

@@ -1,14 +1,16 @@
 """JSON, text and folders on disk, written whole or not at all, and their hashes."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sami_jax.errors import BadDataError
 from sami_jax.json_text import UnusableJsonError, parse_json
@@ -42,6 +44,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise BadDataError(f"{path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise BadDataError(f"{path} is not UTF-8 text: {error}.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadDataError(f"{path} cannot be unpacked ({error}); it is damaged or cut off.") from error
 
 
 @contextlib.contextmanager
@@ -119,8 +123,9 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """Writes one JSON value a line, atomically."""
-    write_text(path, jsonl(records))
+    """Writes one JSON value a line, atomically; they are taken one after the other."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(jsonl([record]) for record in records)
 
 
 def jsonl(records: Iterable[Any]) -> str:
@@ -159,14 +164,52 @@ def _text(path: Path) -> str:
 
 def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON value a line; empty lines are skipped. Raises BadDataError as `read_json`, naming the line."""
-    records = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
+    return [line.value for line in iterate_jsonl(path)]
+
+
+class JsonLine(NamedTuple):
+    """A line of a file of JSON lines.
+
+    Attributes:
+      number: from 1 on.
+      offset: bytes in front of it, unpacked.
+      value: that it holds.
+    """
+
+    number: int
+    offset: int
+    value: Any
+
+
+def iterate_jsonl(path: Path, *, nan: bool = False) -> Iterator[JsonLine]:
+    """The lines of a file of JSON lines, also a gzipped one, read one after the other; empty lines are skipped.
+
+    Args:
+      path: the file; one that ends in ".gz" is unpacked.
+      nan: let NaN and infinities through, as floats.
+
+    Raises:
+      BadDataError: as `read_json`, naming the line.
+    """
+    for number, offset, text in _lines(path):
+        try:
+            yield JsonLine(number, offset, parse_json(text, nan=nan))
+        except UnusableJsonError as error:
+            raise BadDataError(f"{path}, line {number}: {error.reason}.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, str]]:
+    """(number, offset, text) of the lines that hold something."""
+    offset = 0
+    with _readable(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                records.append(parse_json(line))
-            except UnusableJsonError as error:
-                raise BadDataError(f"{path}, line {number}: {error.reason}.") from error
-    return records
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise BadDataError(f"{path} is not UTF-8 text in line {number}: {error}.") from error
+            if text.strip():
+                yield number, offset, text
+            offset += len(line)
 
 
 def read_log(path: Path) -> list[Any]:

@@ -32,17 +32,22 @@ class UnusableJsonError(Exception):
         self.line, self.reason = line, reason
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, nan: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+      text: the JSON.
+      nan: let NaN and infinities through, as floats.
 
     Raises:
       UnusableJsonError: it is no JSON; an object has a key twice, of which json would keep the last; a number is NaN,
         infinite or beyond a 64-bit float; a string holds half of a surrogate pair, which no tokenizer and no file
         takes; or it is nested deeper than DEEPEST.
     """
+    constant = float if nan else _finite
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+            text, object_pairs_hook=_unique, parse_int=_whole, parse_float=_finite, parse_constant=constant
         )
     except json.JSONDecodeError as error:
         raise UnusableJsonError(error.lineno, f"not valid JSON ({error.msg})") from error

@@ -14,8 +14,13 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
       seed: the run's seed.
       *names: what the draws are for, for instance ("constitutions", iteration, example_id).
     """
+    return np.random.Generator(np.random.Philox(key=number(seed, *names)))
+
+
+def number(seed: int, *names: str | int) -> int:
+    """The 128-bit number of (seed, names): where a single draw is wanted, without a generator."""
     digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return int.from_bytes(digest, "little")
 
 
 def jax_key(seed: int, *names: str | int) -> jax.Array:

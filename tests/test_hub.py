@@ -1,15 +1,11 @@
 """A name on the Hub stands for a folder: fetched from a real server, found in the cache, or refused in a sentence."""
 
-import contextlib
-import dataclasses
-import hashlib
 import http.server
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from hub_server import Hub, serving
 from sami_jax.config.training import TrainConfig
 from sami_jax.files import read_json, read_jsonl
 from sami_jax.huggingface.families import config_to_huggingface
@@ -40,74 +37,6 @@ for words in json.load(sys.stdin):
     results.append([code, said.getvalue().strip().splitlines()[-1], time.monotonic() - started])
 print(json.dumps(results))
 """
-
-
-@dataclasses.dataclass
-class Hub:
-    """A server of the Hub's endpoints that a download uses.
-
-    Attributes:
-      repositories: name -> revision or commit -> (commit, files), or the (status, X-Error-Code) of every answer.
-      gated: names whose files are not given out.
-      asked: the paths that were asked for, in order.
-    """
-
-    repositories: dict[str, Any] = dataclasses.field(default_factory=dict)
-    gated: set[str] = dataclasses.field(default_factory=set)
-    asked: list[str] = dataclasses.field(default_factory=list)
-    url: str = ""
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
-        self.asked.append(path)
-        parts = path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            parts = parts[2:]
-        name, kind, revision, file = "/".join(parts[:2]), *[*parts[2:4], "", ""][:2], "/".join(parts[4:])
-        found = self.repositories.get(name, (404, "RepoNotFound"))
-        if isinstance(found, tuple):
-            return found[0], {"X-Error-Code": found[1]}, b""
-        if (revision or "main") not in found:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        commit, files = found[revision or "main"]
-        if kind == "resolve":
-            if name in self.gated:
-                return 403, {"X-Error-Code": "GatedRepo"}, b""
-            etag = hashlib.sha256(files[file]).hexdigest()
-            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[file]
-        if kind == "tree":
-            listing: Any = [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files.items()]
-        else:
-            listing = {"id": name, "sha": commit, "siblings": [{"rfilename": p} for p in files]}
-        return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
-
-
-@contextlib.contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            status, headers, body = hub.answer(self.path)
-            self.send_response(status)
-            for header, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(header, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield hub
-        server.shutdown()
-        thread.join()
 
 
 def commands(cache: pathlib.Path, endpoint: str, *lists: list[str], offline: bool = False) -> list[Any]:
@@ -257,12 +186,14 @@ def test_an_unreachable_hub_is_74_and_soon(pairs, tmp_path):
 
 
 def test_a_run_stays_with_the_commit_it_began_with(hub, files, tmp_path):
-    (tmp_path / "queries.jsonl").write_text('{"example_id": "a", "text": "A post"}\n{"example_id": "b", "text": "B"}\n')
+    for name in ("queries", "evaluation"):
+        lines = [json.dumps({"example_id": f"{name}-{i}", "text": f"Post {i}"}) + "\n" for i in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     principles = [{"name": n, "definition": f"Be {n}.", "antithesis": f"Do not be {n}."} for n in ("brief", "kind")]
     (tmp_path / "principles.json").write_text(json.dumps(principles))
     settings = {
         "model": "acme/tiny",
-        "queries": {name: str(tmp_path / "queries.jsonl") for name in ("train", "evaluation")},
+        "queries": {"train": str(tmp_path / "queries.jsonl"), "evaluation": str(tmp_path / "evaluation.jsonl")},
         "constitutions": {"principles": str(tmp_path / "principles.json")},
         "sampling": {"max_new_tokens": 2},  # nothing is worth training on: the run begins, and ends soon
         "train": {"steps": [1], "queries_per_step": 1},

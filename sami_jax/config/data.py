@@ -9,13 +9,24 @@ from sami_jax.types import Boundary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueriesConfig:
-    """Where queries come from: JSON lines of example_id, text, and optionally facts for a judge."""
+    """Where queries come from: a data set by its name, a file, or a function."""
 
     train: str = setting(
-        "", "file of training queries; its alternating halves serve odd and even iterations", path=True
+        "",
+        "training queries; the alternating halves of their source serve odd and even iterations: tldr, hh_helpful or "
+        "hh_harmless (of the Hub; with :PATH a copy of it), jsonl:FILE, parquet:FILE, module:function, or a file of "
+        "JSON lines with example_id, text, and optionally facts for a judge",
+        path=True,
     )
-    evaluation: str = setting("", "file of evaluation queries", path=True)
-    evaluation_count: int = setting(250, "evaluate on the first so many queries", at_least=1)
+    evaluation: str = setting(
+        "", "evaluation queries, named in the same way; of the same source some are held out for them", path=True
+    )
+    evaluation_count: int = setting(
+        250, "queries that are evaluated on: held out of a source that is both, else its first so many", at_least=1
+    )
+    max_characters: int = setting(
+        10_000, "drop a longer text, and count it; a plain file's texts are never dropped", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from sami_jax.files import content_hash, file_hash, write_json
 from sami_jax.process_group import explained, told_of_the_end
 from sami_jax.processes import process_count
 
+QUERIES = "queries"  # the folder of a run that keeps its queries
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -72,6 +74,7 @@ def forgotten_if_refused(workdir: Path) -> Iterator[None]:
             attempts = workdir / "attempts"
             for path in (*_records(attempts), workdir / "RUN.json", workdir / "config.json"):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(workdir / QUERIES, ignore_errors=True)
             if attempts.is_dir() and not any(attempts.iterdir()):
                 attempts.rmdir()
         raise

@@ -10,8 +10,9 @@ from sami_jax.files import append_jsonl
 from sami_jax.processes import agreed, enter_once, from_writer, is_writer
 from sami_jax.report.page import write_report
 from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
-from sami_jax.run.attempts import attempt, forgotten_if_refused, has_begun, time_now
+from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun, time_now
 from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
+from sami_jax.run.queries import with_queries
 from sami_jax.safe_point import SafePoint, stop_on_signal
 from sami_jax.sharding import make_mesh, place_of_process, use_platform
 from sami_jax.stage_folder import locked
@@ -56,7 +57,9 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
         safe_point = stack.enter_context(stop_on_signal())
         enter_once(stack, forgotten_if_refused(workdir))
         enter_once(stack, attempt(workdir))
-        config = with_pretrained(config, safe_point)
+        config = with_queries(
+            with_pretrained(config, safe_point), workdir / QUERIES, iterations=config.iterations, say=say
+        )
         given = read_given(config)
         if to_check:
             check_queries(config, iterations=config.iterations)

@@ -1,9 +1,11 @@
 """Opens a run: the names in its config become files that are fetched, made and checked before the first stage."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from sami_jax.data.principles import learned, read_principles
 from sami_jax.data.queries import alternating_half, read_queries
 from sami_jax.data.tasks import Task
 from sami_jax.disk import check_disk
-from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.errors import BadConfigError
 from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.files import content_hash, read_json, write_json
 from sami_jax.huggingface.folder import find_weights, read_config
@@ -25,15 +27,16 @@ from sami_jax.model.decoder import sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
-from sami_jax.run.attempts import time_now
+from sami_jax.run.attempts import QUERIES, time_now
+from sami_jax.run.queries import source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.sharding import make_mesh
+from sami_jax.stage_folder import DONE
 from sami_jax.stages.answers import check_tasks
 from sami_jax.stages.evaluate import evaluation_tasks
 from sami_jax.stages.sample import sampling_tasks
-from sami_jax.training import pairs_needed
 
-_SCHEMA_VERSION = 2  # of a run directory; raised where stages that were begun before could not go on
+_SCHEMA_VERSION = 3  # of a run directory; raised where stages that were begun before could not go on
 
 
 def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> RunConfig:
@@ -58,10 +61,11 @@ def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> Ru
     """
     if from_writer(lambda: (workdir / "config.json").exists()):
         return _open_begun(config, workdir, say)
-    found = with_files(config, iterations=config.iterations)
-    _check_disk(found, workdir, say)
-    if not needs_pretraining(found):
-        check_queries(found, iterations=found.iterations)
+    with _dropped_if_refused(workdir / QUERIES):
+        found = with_files(config, workdir / QUERIES, iterations=config.iterations, say=say)
+        _check_disk(found, workdir, say)
+        if not needs_pretraining(found):
+            check_queries(found, iterations=found.iterations)
     plain = to_dict(config)
     about = {
         "run_id": str(uuid.uuid4()),
@@ -100,40 +104,51 @@ def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
             f"{workdir} was started with other settings ({named}); choose another --workdir for the new "
             "ones, or leave out --config to go on with the old."
         )
-    found = with_files(dataclasses.replace(begun, model=about["model"]), iterations=begun.iterations)
+    begun = dataclasses.replace(begun, model=about["model"])
+    found = with_files(begun, workdir / QUERIES, iterations=begun.iterations, say=say)
     _check_disk(found, workdir, say)
     return found
 
 
+@contextlib.contextmanager
+def _dropped_if_refused(queries: Path) -> Iterator[None]:
+    """Deletes the queries of a run that does not begin, and those that such a run left when it was killed."""
+    if is_writer() and (queries / DONE).exists():
+        shutil.rmtree(queries)
+    try:
+        yield
+    except BaseException:
+        if is_writer():
+            shutil.rmtree(queries, ignore_errors=True)
+        raise
+
+
 @agreed()
-def with_files(config: RunConfig, *, iterations: int) -> RunConfig:
-    """The config, its model fetched. Refuses one whose files are missing or hold something else.
+def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callable[[str], None]) -> RunConfig:
+    """The config, its queries and its model fetched. Refuses one whose files are missing or hold something else.
 
     Args:
       config: the settings.
+      queries: folder that keeps the queries.
       iterations: how many there are; 0 for an evaluation alone, which needs no training queries.
+      say: takes sentences for the person who watches.
 
     Raises:
-      BadConfigError: a setting names no file.
-      BadDataError: a file cannot be used.
-      FetchFailedError: the model could not be downloaded.
+      BadConfigError: a setting names nothing that is there.
+      BadDataError: a file cannot be used, or an iteration has fewer queries than its training needs.
+      FetchFailedError: queries or model could not be downloaded.
     """
     judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    named = {
-        "queries.evaluation": config.queries.evaluation,
-        "constitutions.principles": config.constitutions.principles,
-    }
-    if iterations:
-        named["queries.train"] = config.queries.train
-    for field, name in named.items():
-        if PRETRAINED not in name:
-            if not Path(name).is_file():
-                raise BadConfigError(f"config.{field} is {name!r}, which is not a file; name one.")
-            (read_principles if field == "constitutions.principles" else read_queries)(Path(name))
-    if PRETRAINED not in config.queries.evaluation + config.constitutions.principles:
-        _evaluation_tasks(config)  # for what it refuses, before anything is written
+    principles = config.constitutions.principles
+    if PRETRAINED not in principles:
+        if not Path(principles).is_file():
+            raise BadConfigError(f"config.constitutions.principles is {principles!r}, which is not a file; name one.")
+        read_principles(Path(principles))
+    config = with_queries(config, queries, iterations=iterations, say=say)
+    if PRETRAINED not in config.queries.evaluation + principles:
+        _evaluation_tasks(config)  # for what it refuses, before a model is fetched
     if PRETRAINED not in config.model:
         folder = Path(from_writer(lambda: str(_fetched(config.model))))
         refuse_unseen(folder)
@@ -162,28 +177,21 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
 
     Raises:
       BadConfigError: the constitutions cannot be drawn.
-      BadDataError: the file and the query, or an iteration has fewer queries than its training needs.
+      BadDataError: the file and the query.
     """
     opened = open_model(Path(config.model), config.mesh, config.compute_dtype)
     new_tokens = config.sampling.max_new_tokens + config.train.train_eos
 
-    def check(tasks: list[Task], file: str) -> None:
-        check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=file)
+    def check(tasks: Iterable[Task], file: str) -> None:
+        check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=source_of(Path(file)))
 
-    for tasks in _evaluation_tasks(config).values():
-        check(tasks, config.queries.evaluation)
+    for evaluated in _evaluation_tasks(config).values():
+        check(evaluated, config.queries.evaluation)
     principles = learned(read_principles(Path(config.constitutions.principles)))
-    queries = read_queries(Path(config.queries.train)) if iterations else []
     for iteration in range(1, iterations + 1):
-        half = alternating_half(queries, iteration)
-        if len(half) < (needed := pairs_needed(config.train, iteration)):
-            raise BadDataError(
-                f"{config.queries.train}: iteration {iteration} samples from {len(half)} queries, every second one, "
-                f"but its {config.train.steps[iteration - 1]} steps need {needed}; give more queries, or lower "
-                "config.train.steps or config.train.queries_per_step, or raise config.train.passes."
-            )
-        tasks = sampling_tasks(half, principles, config.constitutions, seed=config.seed, iteration=iteration)
-        check(tasks, config.queries.train)
+        half = alternating_half(read_queries(Path(config.queries.train)), iteration)
+        sampled = sampling_tasks(half, principles, config.constitutions, seed=config.seed, iteration=iteration)
+        check(sampled, config.queries.train)
 
 
 def needs_pretraining(config: RunConfig) -> bool:

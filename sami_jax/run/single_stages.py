@@ -1,6 +1,9 @@
 """One stage on files of the user's own: what `sami train`, `evaluate`, `generate`, `score` and `export` do."""
 
+import contextlib
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
 from sami_jax.outputs import check_folder, is_stream, refuse_file
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
+from sami_jax.run.queries import with_queries
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.sharding import use_platform
 from sami_jax.stage_folder import DONE, check_stage_file, locked, read_done, refuse_foreign
@@ -78,12 +82,15 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
     """
     refuse_foreign(out)
     use_platform(config.platform)
-    config = with_files(config, iterations=0)
-    check_mesh(config)
-    folder = fetch_model(model)
-    read_config(folder)
-    with locked(out), stop_on_signal() as safe_point:
-        config = with_pretrained(config, safe_point)
+    with contextlib.ExitStack() as stack:
+        queries = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "queries"
+        config = with_files(config, queries, iterations=0, say=_say)
+        check_mesh(config)
+        folder = fetch_model(model)
+        read_config(folder)
+        stack.enter_context(locked(out))
+        safe_point = stack.enter_context(stop_on_signal())
+        config = with_queries(with_pretrained(config, safe_point), queries, iterations=0, say=_say)
         evaluated, base = model_source(folder), model_source(Path(config.model))
         stage = Evaluate.of(
             config,
@@ -142,6 +149,10 @@ def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) 
     read_entries(pairs)  # for what it refuses, before a model is fetched
     stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
     return _completed_lines(stage, out)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _completed_lines(stage: FileStage, out: Path | None) -> list[Any]:

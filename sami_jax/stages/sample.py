@@ -1,7 +1,7 @@
 """The sampling stage: responses under contrasting constitutions, until there are pairs enough to train on."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sami_jax.config.data import ConstitutionsConfig, FiltersConfig, PromptsConfig
@@ -99,7 +99,9 @@ class Sample(Stage):
         progress = Progress(f"iteration {self.iteration}: sampling", self.needed, unit="pairs")
         for number, start in enumerate(range(0, len(order), size)):
             asked_now = [queries[i] for i in order[start : start + size]]
-            tasks = sampling_tasks(asked_now, principles, self.constitutions, seed=self.seed, iteration=self.iteration)
+            tasks = list(
+                sampling_tasks(asked_now, principles, self.constitutions, seed=self.seed, iteration=self.iteration)
+            )
             part = f"chunks/{number:05d}.jsonl"
             answers = answer(loaded, tasks, self.prompts.generation, self.sampling, out=out, part=part)
             for task, responses in zip(tasks, answers, strict=True):
@@ -132,17 +134,14 @@ class Sample(Stage):
 
 
 def sampling_tasks(
-    queries: Sequence[Query],
+    queries: Iterable[Query],
     principles: Sequence[Principle],
     constitutions: ConstitutionsConfig,
     *,
     seed: int,
     iteration: int,
-) -> list[Task]:
+) -> Iterator[Task]:
     """What each query is asked under in an iteration, whatever the other queries are."""
-    return [
-        draw_task(
-            query, principles, constitutions, generator(seed, "constitutions", "sample", iteration, query.example_id)
-        )
-        for query in queries
-    ]
+    for query in queries:
+        rng = generator(seed, "constitutions", "sample", iteration, query.example_id)
+        yield draw_task(query, principles, constitutions, rng)
