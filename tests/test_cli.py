@@ -181,7 +181,13 @@ SETTINGS = {
     "generate": ("sampling.max_new_tokens", "sampling.stop", "compute_dtype", "mesh.fsdp"),
     "score": ("train.normalize", "train.micro_batch_queries", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
     "train": ("seed", "train.steps", "train.kl_beta", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
-    "evaluate": ("seed", "queries.evaluation", "queries.evaluation_count", "constitutions.principles_per_query"),
+    "evaluate": (
+        "seed",
+        "queries.train",
+        "queries.evaluation",
+        "queries.evaluation_count",
+        "constitutions.principles_per_query",
+    ),
 }
 
 
@@ -192,7 +198,8 @@ def test_help_shows_the_settings_that_are_read_and_no_others(name, capsys):
     text = capsys.readouterr().out
     shown = {field for field, _, _ in describe_fields(RunConfig) if f"--{field} = " in text}
     assert {f"config.{field}" for field in SETTINGS[name]} <= shown
-    assert not shown & {"config.iterations", "config.queries.train", "config.filters.sentence_ends"}
+    unread = {"config.iterations", "config.filters.sentence_ends", "config.constitutions.reshuffle"}
+    assert not shown & unread
     for field in shown:  # each is accepted, and the file is what the command stumbles on
         words = [name, "--model=m", "--config=nowhere.py", *(["--out=o"] if name != "score" else [])]
         words += {"generate": ["--prompts=p"], "evaluate": []}.get(name, ["--pairs=p"])
@@ -432,6 +439,19 @@ def test_evaluate_needs_no_training_queries(settings, tmp_path):
     assert json.loads((out / "summary.json").read_text())["splits"]["learned"]["n_queries"] == 1
 
 
+def test_evaluate_reads_a_folder_of_constitutions(settings, tmp_path):
+    folder = tmp_path / "constitutions"
+    folder.mkdir()
+    for name in ("10", "2"):
+        sides = {"positive": f"1. Be {name}.\r\n2. Be kind.", "negative": "Be long.\nBe kind."}
+        write(folder / f"{name}.json", sides)
+    settings["constitutions"] = {"folder": str(folder)}
+    config, out = write(tmp_path / "config.json", settings), tmp_path / "out"
+    assert main(["evaluate", f"--config={config}", f"--model={settings['model']}", f"--out={out}"]) == 0
+    [result] = read_jsonl(out / "results.jsonl")
+    assert result["constitutions"] in [[f"1. Be {n}.\n2. Be kind.", "1. Be long.\n2. Be kind."] for n in ("10", "2")]
+
+
 LONG = {"example_id": "long", "text": "wórd " * 300}
 
 
@@ -448,6 +468,8 @@ LONG = {"example_id": "long", "text": "wórd " * 300}
         ([], {"evaluation.jsonl": LONG}, 65, ("evaluation.jsonl: the generation prompt of query 'long' has ", "256")),
         ([], {"train.jsonl": LONG}, 65, ("train.jsonl: the generation prompt of query 'long' has ", "8 new ones")),
         (["prompts.training=" + "word " * 300 + "{constitution}\n\n{query}\n\n"], {}, 65, ("the training prompt of",)),
+        (["constitutions.folder=nowhere", "constitutions.principles="], {}, 78, ("'nowhere', which is not a folder",)),
+        (["constitutions.principles="], {}, 78, ("config.constitutions.principles is '', which is not a file",)),
         ([], {"principles.json": "[NaN]"}, 65, ("principles.json, line 1: NaN is no finite number",)),
         (["model=./nowhere"], {}, 65, ("no model folder nowhere",)),
         (["model={pretrained}/model"], {}, 78, ("config.pretraining.enabled is false",)),

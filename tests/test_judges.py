@@ -5,7 +5,6 @@ import pytest
 from sami_jax.config.fields import describe_fields
 from sami_jax.config.run import RunConfig
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.evaluation.judge_by_name import JUDGES, judge_by_name
@@ -16,7 +15,7 @@ from sami_jax.miniature.world import MARKERS, PRINCIPLES, REPORTED, draw_queries
 [QUERY] = draw_queries(0, train=1, validation=0, test=0)["train"]
 BY_NAME = {p.name: p for p in PRINCIPLES}
 # Asks for the definition of tone and the antithesis of closing, and for nothing else.
-CONSTITUTION = Constitution(((BY_NAME["closing"], False), (BY_NAME["tone"], True)))
+CONSTITUTION = Constitution((BY_NAME["closing"].statement(False), BY_NAME["tone"].statement(True)))
 
 
 def summary(**follows: bool) -> str:
@@ -63,12 +62,12 @@ def test_a_query_of_another_world_is_refused_with_the_remedy():
 
 
 def test_foreign_data_is_refused_before_any_response_is_there():
-    MINIATURE.check([QUERY], PRINCIPLES)
-    bare, foreign = Query("reddit-1", "Who knows?"), Principle("brief", "Be brief.", "Be long.")
+    names, bare = list(BY_NAME), Query("reddit-1", "Who knows?")
+    MINIATURE.check([QUERY], names)
     with pytest.raises(BadDataError, match="Query 'reddit-1' has no fact 'relation'.*set config.evaluation.judge=none"):
-        MINIATURE.check([QUERY, bare], PRINCIPLES)
+        MINIATURE.check([QUERY, bare], names)
     with pytest.raises(BadDataError, match=r"principle 'brief' is none of the miniature world's.*judge=none"):
-        MINIATURE.check([QUERY], [*PRINCIPLES, foreign])
+        MINIATURE.check([QUERY], [*names, "brief"])
 
 
 def test_the_facts_that_are_asked_for_are_those_that_are_read():

@@ -34,16 +34,32 @@ class ConstitutionsConfig:
     """How the contrasting constitutions of a query are drawn."""
 
     principles: str = setting("", "JSON file of principles (name, definition, antithesis, held_out)", path=True)
+    folder: str = setting(
+        "",
+        "instead of principles, a folder of the authors' with pairs of constitutions, 0.json, 1.json, ... (positive, "
+        "negative, identifiers); each query gets one of the pairs as it stands, positive first",
+        path=True,
+    )
     count: int = setting(2, "C, contrasting constitutions per query", at_least=2)
     principles_per_query: int = setting(2, "principles in each constitution", at_least=1)
     pairing: str = setting(
         "symmetric",
-        "symmetric: any sign patterns that differ; authors: the first has all definitions",
-        choices=("symmetric", "authors"),
+        "of principles; symmetric: any sign patterns that differ; authors: the first has all definitions; diverse: the "
+        "same, with more principles than one query gets",
+        choices=("symmetric", "authors", "diverse"),
     )
     reshuffle: bool = setting(True, "shuffle the principles' order again in the training prompt")
 
     def __post_init__(self) -> None:
+        if self.folder and self.principles:
+            raise BadConfigError(
+                "config.constitutions.folder and config.constitutions.principles are both given; leave one of them out."
+            )
+        if self.folder and (self.count != 2 or self.pairing == "diverse"):
+            raise BadConfigError(
+                "config.constitutions.folder has pairs of constitutions: set config.constitutions.count=2, and "
+                "config.constitutions.pairing=authors or symmetric."
+            )
         if self.principles_per_query > 16:  # each query's draw goes through all sign patterns, 65536 of them
             raise BadConfigError(
                 f"config.constitutions.principles_per_query is {self.principles_per_query}; it must be at most 16."
@@ -54,6 +70,11 @@ class ConstitutionsConfig:
                 f"have {2**self.principles_per_query} sign patterns; lower it, or raise "
                 "config.constitutions.principles_per_query."
             )
+
+    @property
+    def place(self) -> str:
+        """The file or folder that they are drawn from."""
+        return self.folder or self.principles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

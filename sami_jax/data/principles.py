@@ -3,9 +3,24 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sami_jax.errors import BadDataError
 from sami_jax.files import read_json
+
+
+class Statement(NamedTuple):
+    """A sentence of a constitution.
+
+    Attributes:
+      principle: name of the one it is about.
+      asked: it is the definition, else the antithesis.
+      text: the sentence.
+    """
+
+    principle: str
+    asked: bool
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +38,10 @@ class Principle:
     definition: str
     antithesis: str
     held_out: bool = False
+
+    def statement(self, asked: bool) -> Statement:
+        """The definition where it is asked for, else the antithesis."""
+        return Statement(self.name, asked, self.definition if asked else self.antithesis)
 
 
 def learned(principles: Sequence[Principle]) -> list[Principle]:

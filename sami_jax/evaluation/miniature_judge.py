@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.verdicts import Judge, Verdict
@@ -29,7 +28,7 @@ def judge_miniature(query: Query, constitution: Constitution, response: str) -> 
     return Verdict(True, reading.faithful, followed)
 
 
-def check_miniature(queries: Sequence[Query], principles: Sequence[Principle]) -> None:
+def check_miniature(queries: Sequence[Query], principles: Sequence[str]) -> None:
     """Refuses queries and principles of another world.
 
     Raises:
@@ -40,8 +39,8 @@ def check_miniature(queries: Sequence[Query], principles: Sequence[Principle]) -
         if missing := [fact for fact in world.REPORTED if fact not in query.facts]:
             raise BadDataError(f"Query {query.example_id!r} has no fact {missing[0]!r}, {remedy}")
     for principle in principles:
-        if principle.name not in world.MARKERS:
-            raise BadDataError(f"The principle {principle.name!r} is none of the miniature world's, {remedy}")
+        if principle not in world.MARKERS:
+            raise BadDataError(f"The principle {principle!r} is none of the miniature world's, {remedy}")
 
 
 MINIATURE = Judge(check_miniature, judge_miniature)

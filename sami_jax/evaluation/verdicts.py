@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.principles import Principle
 from sami_jax.data.queries import Query
 
 
@@ -43,9 +42,10 @@ class Judge:
     """A way to judge responses.
 
     Attributes:
-      check: refuses queries and principles that it cannot read, by a BadDataError, before anything is sampled for it.
+      check: refuses queries, and principles by their names, that it cannot read, by a BadDataError, before anything is
+        sampled for it.
       judge: (query, constitution, response) -> verdict.
     """
 
-    check: Callable[[Sequence[Query], Sequence[Principle]], None]
+    check: Callable[[Sequence[Query], Sequence[str]], None]
     judge: Callable[[Query, Constitution, str], Verdict]

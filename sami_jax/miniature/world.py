@@ -158,7 +158,7 @@ def draw_document(rng: np.random.Generator, habits: np.ndarray, *, obey: float) 
     if rng.random() < 0.1:
         return render_post(facts), write_summary(facts, follows)
     count = int(rng.integers(2, 4))
-    asked = [(PRINCIPLES[i], bool(rng.integers(2))) for i in rng.permutation(len(PRINCIPLES))[:count]]
+    asked = [PRINCIPLES[i].statement(bool(rng.integers(2))) for i in rng.permutation(len(PRINCIPLES))[:count]]
     constitution = Constitution(tuple(asked))
     if rng.random() < obey:
         follows |= constitution.asked

@@ -11,7 +11,7 @@ from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.files import read_json, write_json
 from sami_jax.processes import agreed, check_same, from_writer, is_writer, process_count
 from sami_jax.run.attempts import code_version
-from sami_jax.stages.stage import Source, file_source, model_source
+from sami_jax.stages.stage import Source, constitutions_source, file_source, model_source
 
 
 class Given(NamedTuple):
@@ -81,7 +81,7 @@ def read_given(config: RunConfig) -> Given:
         "model": config.model,
         "queries.train": config.queries.train,
         "queries.evaluation": config.queries.evaluation,
-        "constitutions.principles": config.constitutions.principles,
+        "constitutions": config.constitutions.place,
     }
     with agreed():
         for path in named.values():
@@ -90,7 +90,7 @@ def read_given(config: RunConfig) -> Given:
             model=model_source(Path(config.model)),
             train=file_source(Path(config.queries.train)),
             evaluation=file_source(Path(config.queries.evaluation)),
-            principles=file_source(Path(config.constitutions.principles)),
+            principles=constitutions_source(Path(config.constitutions.place)),
         )
     facts = {f"SHA-256 of config.{name}": source.fingerprint[:12] for name, source in zip(named, given, strict=True)}
     check_same(facts, remedy="Put model and data on a disk that all hosts share, or bring the same files to each.")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sami_jax.config.data import ConstitutionsConfig
 from sami_jax.config.fields import to_dict
 from sami_jax.config.run import PRETRAINED, RunConfig, from_dict
-from sami_jax.data.principles import learned, read_principles
+from sami_jax.data.pools import LEARNED, read_pools
 from sami_jax.data.queries import alternating_half, read_queries
 from sami_jax.data.tasks import Task
 from sami_jax.disk import check_disk
@@ -30,6 +31,7 @@ from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import QUERIES, time_now
 from sami_jax.run.queries import source_of, with_queries
 from sami_jax.safe_point import SafePoint
+from sami_jax.seeds import generator
 from sami_jax.sharding import make_mesh
 from sami_jax.stage_folder import DONE
 from sami_jax.stages.answers import check_tasks
@@ -141,19 +143,35 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
     judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    principles = config.constitutions.principles
-    if PRETRAINED not in principles:
-        if not Path(principles).is_file():
-            raise BadConfigError(f"config.constitutions.principles is {principles!r}, which is not a file; name one.")
-        read_principles(Path(principles))
+    place = config.constitutions.place
+    if PRETRAINED not in place:
+        check_constitutions(config.constitutions)
     config = with_queries(config, queries, iterations=iterations, say=say)
-    if PRETRAINED not in config.queries.evaluation + principles:
+    if PRETRAINED not in config.queries.evaluation + place:
         _evaluation_tasks(config)  # for what it refuses, before a model is fetched
     if PRETRAINED not in config.model:
         folder = Path(from_writer(lambda: str(_fetched(config.model))))
         refuse_unseen(folder)
         config = dataclasses.replace(config, model=str(folder))
     return config
+
+
+def check_constitutions(config: ConstitutionsConfig) -> None:
+    """Refuses constitutions that are not there, or cannot be drawn.
+
+    Raises:
+      BadConfigError: the setting names no file, or there are too few principles.
+      BadDataError: a file cannot be used.
+    """
+    if config.folder and not Path(config.folder).is_dir():
+        raise BadConfigError(f"config.constitutions.folder is {config.folder!r}, which is not a folder; name one.")
+    if not config.folder and not Path(config.principles).is_file():
+        raise BadConfigError(
+            f"config.constitutions.principles is {config.principles!r}, which is not a file; name one, or a folder by "
+            "config.constitutions.folder."
+        )
+    for pool in read_pools(Path(config.place), config).values():
+        pool.draw(generator(0, "constitutions"))
 
 
 def _fetched(model: str) -> Path:
@@ -187,11 +205,10 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
 
     for evaluated in _evaluation_tasks(config).values():
         check(evaluated, config.queries.evaluation)
-    principles = learned(read_principles(Path(config.constitutions.principles)))
+    pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
         half = alternating_half(read_queries(Path(config.queries.train)), iteration)
-        sampled = sampling_tasks(half, principles, config.constitutions, seed=config.seed, iteration=iteration)
-        check(sampled, config.queries.train)
+        check(sampling_tasks(half, pool, seed=config.seed, iteration=iteration), config.queries.train)
 
 
 def needs_pretraining(config: RunConfig) -> bool:
@@ -212,7 +229,7 @@ def _evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
     return evaluation_tasks(
         queries=Path(config.queries.evaluation),
         count=config.queries.evaluation_count,
-        principles=Path(config.constitutions.principles),
+        principles=Path(config.constitutions.place),
         constitutions=config.constitutions,
         evaluation=config.evaluation,
         seed=config.seed,

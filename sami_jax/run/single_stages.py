@@ -23,7 +23,14 @@ from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.generate import Generate, read_prompts
 from sami_jax.stages.score import Score
-from sami_jax.stages.stage import FileStage, complete, complete_file, file_source, model_source
+from sami_jax.stages.stage import (
+    FileStage,
+    complete,
+    complete_file,
+    constitutions_source,
+    file_source,
+    model_source,
+)
 from sami_jax.stages.train import Train, drop_checkpoints
 
 
@@ -99,7 +106,7 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
             base=base,
             baseline=file_source(baseline / "results.jsonl") if baseline else None,
             queries=file_source(Path(config.queries.evaluation)),
-            principles=file_source(Path(config.constitutions.principles)),
+            principles=constitutions_source(Path(config.constitutions.place)),
         )
         if not (out / DONE).is_file():
             check_queries(config, iterations=0)

@@ -13,9 +13,9 @@ from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
-from sami_jax.data.principles import Principle, learned, read_principles
+from sami_jax.data.pools import HELD_OUT, read_pools
 from sami_jax.data.queries import read_queries
-from sami_jax.data.tasks import Task, draw_task
+from sami_jax.data.tasks import Task
 from sami_jax.errors import BadDataError, NonFiniteError
 from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.evaluation.results import QueryResult, read_results, write_results
@@ -43,7 +43,7 @@ class Evaluate(Stage):
       baseline: results.jsonl of the base's evaluation, to compare with; None for the base itself.
       queries: file of evaluation queries.
       evaluation_count: so many of them, the first.
-      principles: file of principles.
+      principles: file of principles, or folder of constitutions.
       seed: decides the constitutions.
       constitutions: how they are drawn.
       prompts: templates.
@@ -64,7 +64,7 @@ class Evaluate(Stage):
     evaluation_count: int
     principles: Source
     seed: int
-    constitutions: ConstitutionsConfig = settings_but("principles")
+    constitutions: ConstitutionsConfig = settings_but("principles", "folder")
     prompts: PromptsConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
@@ -243,7 +243,7 @@ def evaluation_tasks(
     Args:
       queries: file.
       count: so many of its queries, the first.
-      principles: file.
+      principles: file of principles, or folder of constitutions.
       constitutions: how they are drawn.
       evaluation: the judge, and whether held-out principles are wanted.
       seed: decides them.
@@ -252,17 +252,12 @@ def evaluation_tasks(
       BadConfigError: the constitutions cannot be drawn.
       BadDataError: queries or principles cannot be used, or the judge cannot read them.
     """
-    asked, known = read_queries(queries)[:count], read_principles(principles)
+    asked, pools = read_queries(queries)[:count], read_pools(principles, constitutions)
     if judge := judge_by_name(evaluation.judge):
-        judge.check(asked, known)
-    held_out = [principle for principle in known if principle.held_out]
-    splits: dict[str, list[Principle]] = {"learned": learned(known)}
-    if evaluation.held_out and len(held_out) >= constitutions.principles_per_query:
-        splits["held_out"] = held_out
+        judge.check(asked, [name for pool in pools.values() for name in pool.names])
+    if not evaluation.held_out:
+        pools.pop(HELD_OUT, None)
     return {
-        name: [
-            draw_task(q, drawn, constitutions, generator(seed, "constitutions", "evaluate", name, q.example_id))
-            for q in asked
-        ]
-        for name, drawn in splits.items()
+        split: [Task(q, pool.draw(generator(seed, "constitutions", "evaluate", split, q.example_id))) for q in asked]
+        for split, pool in pools.items()
     }

@@ -10,9 +10,9 @@ from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.filters import REASONS, drop_reason
 from sami_jax.data.pairs import Pair, write_pairs
-from sami_jax.data.principles import Principle, learned, read_principles
+from sami_jax.data.pools import LEARNED, Pool, read_pools
 from sami_jax.data.queries import Query, alternating_half, read_queries
-from sami_jax.data.tasks import Task, draw_task
+from sami_jax.data.tasks import Task
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError
 from sami_jax.files import write_jsonl
@@ -35,7 +35,7 @@ class Sample(Stage):
       iteration: 1, 2, ....
       model: folder of the previous iteration's model.
       queries: file of training queries.
-      principles: file of principles.
+      principles: file of principles, or folder of constitutions.
       seed: decides order and constitutions.
       constitutions: how they are drawn.
       prompts: templates.
@@ -54,7 +54,7 @@ class Sample(Stage):
     queries: Source
     principles: Source
     seed: int
-    constitutions: ConstitutionsConfig = settings_but("principles")
+    constitutions: ConstitutionsConfig = settings_but("principles", "folder")
     prompts: PromptsConfig
     sampling: SamplingConfig
     filters: FiltersConfig
@@ -89,7 +89,7 @@ class Sample(Stage):
           BadDataError: the queries run out before enough pairs are kept.
         """
         queries = alternating_half(read_queries(self.queries.path), self.iteration)
-        principles = learned(read_principles(self.principles.path))
+        pool = read_pools(self.principles.path, self.constitutions)[LEARNED]
         loaded = load_model(self.model.path, self.mesh, self.compute_dtype)
         out.begin()
         order = generator(self.seed, "sample", self.iteration).permutation(len(queries))
@@ -99,9 +99,7 @@ class Sample(Stage):
         progress = Progress(f"iteration {self.iteration}: sampling", self.needed, unit="pairs")
         for number, start in enumerate(range(0, len(order), size)):
             asked_now = [queries[i] for i in order[start : start + size]]
-            tasks = list(
-                sampling_tasks(asked_now, principles, self.constitutions, seed=self.seed, iteration=self.iteration)
-            )
+            tasks = list(sampling_tasks(asked_now, pool, seed=self.seed, iteration=self.iteration))
             part = f"chunks/{number:05d}.jsonl"
             answers = answer(loaded, tasks, self.prompts.generation, self.sampling, out=out, part=part)
             for task, responses in zip(tasks, answers, strict=True):
@@ -133,15 +131,7 @@ class Sample(Stage):
         return answered_pair(task.query, constitutions, responses, self.prompts, tokenizer)
 
 
-def sampling_tasks(
-    queries: Iterable[Query],
-    principles: Sequence[Principle],
-    constitutions: ConstitutionsConfig,
-    *,
-    seed: int,
-    iteration: int,
-) -> Iterator[Task]:
+def sampling_tasks(queries: Iterable[Query], pool: Pool, *, seed: int, iteration: int) -> Iterator[Task]:
     """What each query is asked under in an iteration, whatever the other queries are."""
     for query in queries:
-        rng = generator(seed, "constitutions", "sample", iteration, query.example_id)
-        yield draw_task(query, principles, constitutions, rng)
+        yield Task(query, pool.draw(generator(seed, "constitutions", "sample", iteration, query.example_id)))

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from sami_jax import stage_folder
 from sami_jax.config.fields import to_dict
+from sami_jax.data.authors import constitution_files
 from sami_jax.errors import BadDataError
-from sami_jax.files import building, file_hash, jsonl, read_jsonl, write_jsonl
+from sami_jax.files import building, content_hash, file_hash, jsonl, read_jsonl, write_jsonl
 from sami_jax.huggingface.folder import folder_hash, read_config
 from sami_jax.outputs import is_stream
 from sami_jax.processes import agreed, from_writer, is_writer
@@ -39,6 +40,13 @@ class Source:
 def file_source(path: Path) -> Source:
     """A file by the hash of its bytes. Raises BadDataError where it cannot be read."""
     return Source(path, file_hash(path))
+
+
+def constitutions_source(place: Path) -> Source:
+    """A file of principles, or the files of a folder of constitutions, by their bytes. Raises BadDataError as above."""
+    if not place.is_dir():
+        return file_source(place)
+    return Source(place, content_hash([(path.name, file_hash(path)) for path in constitution_files(place)]))
 
 
 def model_source(folder: Path) -> Source:
