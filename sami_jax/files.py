@@ -151,13 +151,14 @@ def read_json(path: Path) -> Any:
       BadDataError: the file, the line, and what cannot be used there (see `json_text.parse_json`).
     """
     try:
-        return parse_json(_text(path))
+        return parse_json(read_text(path))
     except UnusableJsonError as error:
         where = path if error.line is None else f"{path}, line {error.line}"
         raise BadDataError(f"{where}: {error.reason}.") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text, without a byte-order mark in front. Raises BadDataError where it is no file of UTF-8 text."""
     with _readable(path):
         return path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte-order mark in front
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sami_jax.data.prompts import Prompt
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sharding import gather, padded_size, put_on_devices
 from sami_jax.types import Array, DecodeFn, Params
@@ -37,8 +38,9 @@ class Response:
     """A sampled continuation, cut at the first stop marker.
 
     Attributes:
-      text: what the tokenizer decodes `ids` to, without white space around it.
-      ids: its tokens.
+      text: what the tokenizer decodes `ids` to, behind the prompt's prefix, without white space around it; "" where
+        there are none.
+      ids: its tokens, those of the prefix left out.
       finished: a stop token or marker ended it, not the token limit.
     """
 
@@ -113,24 +115,33 @@ def make_stops(tokenizer: Tokenizer, *, end_ids: frozenset[int], markers: tuple[
     return Stops(end_ids, markers, mask)
 
 
-def cut_response(ids: Sequence[int], tokenizer: Tokenizer, stops: Stops, *, stopped: bool) -> Response:
+def cut_response(
+    ids: Sequence[int], tokenizer: Tokenizer, stops: Stops, *, stopped: bool, prefix: Sequence[int] = ()
+) -> Response:
     """The response in a row's tokens: up to an end token or the first marker, white space at its end removed.
 
     A special token counts as the text of its name, so that it may be a marker. Where the cut falls inside a token, the
     piece that stays is tokenised anew, or dropped in the rare case that no ids spell it.
+
+    Args:
+      ids: that were emitted.
+      tokenizer: turns ids to text.
+      stops: what ends a response.
+      stopped: whether a stop token did.
+      prefix: the prompt's last ids, of the words that every response begins with.
     """
-    ids = list(ids)
-    if ids and ids[-1] in stops.end_ids:
+    ids, given = [*prefix, *ids], len(prefix)
+    if len(ids) > given and ids[-1] in stops.end_ids:
         ids.pop()
-    text = tokenizer.spell(ids)
-    end = min((text.index(marker) for marker in stops.markers if marker in text), default=len(text))
+    text, begin = tokenizer.spell(ids), len(tokenizer.spell(prefix)) if prefix else 0
+    end = min((text.index(marker, begin) for marker in stops.markers if marker in text[begin:]), default=len(text))
     kept = text[:end].rstrip()
     if kept != text:
-        count = _tokens_inside(ids, kept, tokenizer)
+        count = max(_tokens_inside(ids, kept, tokenizer), given)
         rest = kept[len(tokenizer.spell(ids[:count])) :]
         ids = ids[:count] + (tokenizer.continuation_ids(rest, behind=ids[:count]) or [])
-    shown = tokenizer.decode(ids).strip()
-    return Response(shown, tuple(ids) if shown else (), stopped or end < len(text))
+    shown = tokenizer.decode(ids).strip() if tokenizer.decode(ids[given:]).strip() else ""
+    return Response(shown, tuple(ids[given:]) if shown else (), stopped or end < len(text))
 
 
 def _tokens_inside(ids: list[int], kept: str, tokenizer: Tokenizer) -> int:
@@ -155,7 +166,7 @@ def _tokens_inside(ids: list[int], kept: str, tokenizer: Tokenizer) -> int:
 def sample_responses(
     decode: DecodeFn,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     *,
     stops: Stops,
@@ -169,7 +180,7 @@ def sample_responses(
     Args:
       decode: the model.
       params: its parameters.
-      prompts: token ids, each at least one.
+      prompts: each of at least one token.
       tokenizer: turns ids to text.
       stops: what ends a response, of `make_stops`.
       max_new_tokens: longest response.
@@ -177,7 +188,7 @@ def sample_responses(
       round_to: prompt width is padded to a multiple of this, a long one more coarsely (`padded_size`).
       sharding: of the batch's leading axis.
     """
-    padded = [*prompts, *([prompts[0]] * (rows - len(prompts)))]
+    padded = [prompt.ids for prompt in [*prompts, *([prompts[0]] * (rows - len(prompts)))]]
     width = padded_size(max(map(len, padded)), round_to)
     tokens = np.zeros((rows, width), np.int32)
     for row, ids in enumerate(padded):
@@ -187,7 +198,11 @@ def sample_responses(
     samples = gather(greedy(decode, params, *on_devices, stops.mask, max_new_tokens=max_new_tokens))
     return [
         cut_response(
-            samples.tokens[row, : samples.lengths[row]].tolist(), tokenizer, stops, stopped=bool(samples.stopped[row])
+            samples.tokens[row, : samples.lengths[row]].tolist(),
+            tokenizer,
+            stops,
+            stopped=bool(samples.stopped[row]),
+            prefix=prompt.ids[len(prompt.ids) - prompt.prefix_ids :],
         )
-        for row in range(len(prompts))
+        for row, prompt in enumerate(prompts)
     ]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sami_jax.config.data import FiltersConfig
-from sami_jax.data.filters import REASONS, drop_reason
+from sami_jax.data.filters import REASONS, cut_reasoning, drop_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,13 @@ def test_good_responses_are_kept():
     assert drop_reason([GOOD, Sampled("A third?"), Sampled("Another one!")], FILTERS) is None
 
 
+def test_reasoning_is_cut_at_the_first_marker():
+    assert cut_reasoning("I think.\nAnswer: The post. Answer: no.", "Answer:") == "The post. Answer: no."
+    assert cut_reasoning("Answer:", "Answer:") == ""
+    assert cut_reasoning("I think, the answer: none.", "Answer:") is None
+    assert drop_reason([GOOD, None], FILTERS) == "no_answer" == REASONS[0]
+
+
 @pytest.mark.parametrize(("bad", "reason"), BAD.items(), ids=lambda x: getattr(x, "text", x))
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_bad_response_drops_the_query_wherever_it_stands(bad, reason, place):
@@ -52,7 +59,7 @@ def test_the_first_reason_that_holds_is_given():
     seen += [drop_reason(everything[:2], FILTERS), drop_reason([Sampled("a"), Sampled("a")], FILTERS)]
     seen += [drop_reason([Sampled("a."), Sampled("a.")], FILTERS)]
     assert seen == ["empty", "empty", "placeholder", "unfinished", "identical"]
-    assert tuple(dict.fromkeys(seen)) == REASONS
+    assert ("no_answer", *dict.fromkeys(seen)) == REASONS
 
 
 def test_the_settings_decide():

@@ -64,7 +64,7 @@ class TestRoundTrip:
         written = json.loads((tmp_path / "pairs.json").read_text())
         assert [len(entries) for entries in written.values()] == [3, 3]  # a key a query, an entry a constitution
         keys = {key for entries in written.values() for key in entries[0]}
-        assert keys == {"prompt", "response", "example_id", "response_ids"}
+        assert keys == {"prompt", "response", "example_id", "prompt_ids", "response_ids"}
 
     def test_queries_keep_their_order(self, tmp_path):
         # "10" sorts before "2" as text.
@@ -133,5 +133,5 @@ class TestMistakes:
         for column in lists.values():
             for entry in column:
                 entry["response_ids"] = [2]
-        with pytest.raises(BadDataError, match="query '0': the tokenizer gives ids beyond .*do not belong together"):
+        with pytest.raises(BadDataError, match="query '0': the prompt has ids outside .*do not belong together"):
             read(write(tmp_path, lists), vocab_size=20)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import doubles
+from sami_jax.data.prompts import Prompt
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sampling import Stops, cut_response, greedy, make_stops, sample_responses
 from sami_jax.types import DecodeFn
@@ -264,7 +265,7 @@ class TestSampleResponses:
         return sample_responses(
             doubles.DECODE,
             self.params,
-            prompts,
+            [Prompt("", tuple(ids)) for ids in prompts],
             TOKENIZER,
             stops=stops_of(),
             max_new_tokens=max_new_tokens,

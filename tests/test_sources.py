@@ -258,11 +258,12 @@ class TestSplit:
         assert (about["evaluation"]["kept"], about["evaluation"]["queries"]) == (30, 3)
         assert about["evaluation"]["also_in_train"] == 3
 
-    def test_nothing_left_to_train_on(self, tmp_path):
+    def test_nothing_left_to_train_on(self, tmp_path, capsys):
         path = str(write(tmp_path / "a.jsonl", self.ROWS))
-        with pytest.raises(BadDataError, match="has 40 usable queries: with 40 held out .* lower .*evaluation_count"):
-            prepare(tmp_path / "out", path, path, count=40)
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+        words = run_flags(tmp_path, path, path)
+        assert main([*words, "--config.queries.evaluation_count=40"]) == 65
+        assert "has 40 usable queries: with 40 held out for evaluation none is left" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_100_000_rows_add_less_than_200_mb(tmp_path):

@@ -1,10 +1,9 @@
-"""The settings of what is asked: queries, constitutions, prompts, and which answers are kept."""
+"""The settings of what is asked: queries, constitutions, and which answers are kept."""
 
 import dataclasses
 
 from sami_jax.config.fields import setting
 from sami_jax.errors import BadConfigError
-from sami_jax.types import Boundary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,44 +74,6 @@ class ConstitutionsConfig:
     def place(self) -> str:
         """The file or folder that they are drawn from."""
         return self.folder or self.principles
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
-    """Templates with the fields {constitution} and {query}."""
-
-    generation: str = setting("{constitution}\n\n{query}\n\n", "prompt the model samples from")
-    training: str = setting("{constitution}\n\n{query}\n\n", "prompt it is trained and scored on")
-    boundary: Boundary = setting(
-        "exact",
-        "where a response begins; exact: as it was sampled, so both prompts must end in the same white space; authors: "
-        "the training prompt and the response are tokenised as one text, without a space between them",
-        choices=("exact", "authors"),
-    )
-
-    def __post_init__(self) -> None:
-        templates = {"generation": self.generation, "training": self.training}
-        for name, template in templates.items():
-            for field in _FIELDS:
-                if template.count(field) != 1:
-                    raise BadConfigError(f"config.prompts.{name} must contain {field} exactly once.")
-        generation, training = map(_ending, templates.values())
-        if self.boundary == "exact" and generation != training:
-            raise BadConfigError(
-                f"config.prompts.generation ends in {generation!r}, but config.prompts.training in {training!r}: the "
-                "model would be trained on a boundary that it never sampled. End both alike, or set "
-                "config.prompts.boundary=authors."
-            )
-
-
-_FIELDS = ("{constitution}", "{query}")
-
-
-def _ending(template: str) -> str:
-    """The template's last white space; behind a field, whose text may end in more of it, with that field."""
-    text = template.rstrip()
-    field = next((field for field in _FIELDS if text.endswith(field)), "")
-    return field + template[len(text) :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,11 @@ import difflib
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from sami_jax.errors import BadConfigError
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.files import read_text
 
 
 def setting(
@@ -21,6 +23,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
+    text_file: bool = False,
 ) -> Any:
     """A field that is a setting.
 
@@ -32,9 +35,10 @@ def setting(
       below: a value that it must stay under.
       choices: all values, where they are few.
       path: whether it names a file or folder.
+      text_file: whether it may be given as `file:PATH`, and is the text of that file then.
     """
     limits = {"at_least": at_least, "above": above, "below": below}
-    metadata = {"help": help, **limits, "choices": choices, "path": path}
+    metadata = {"help": help, **limits, "choices": choices, "path": path, "text_file": text_file}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -95,6 +99,8 @@ def no_local_path(text: str) -> str:
 
 def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     value = _typed(name, value, field.type)
+    if field.metadata["text_file"] and value.startswith(_FILE):
+        value = _text_of(name, value.removeprefix(_FILE))
     lowest, above, below, choices = (field.metadata[key] for key in ("at_least", "above", "below", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
@@ -116,6 +122,17 @@ def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     if choices and value not in choices:
         raise BadConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
     return value
+
+
+_FILE = "file:"
+
+
+def _text_of(name: str, path: str) -> str:
+    """A file's text. Editors end the last line of one, too: this newline is none of the text."""
+    try:
+        return read_text(Path(path)).removesuffix("\n")
+    except BadDataError as error:
+        raise BadConfigError(f"{name}: {error}") from error
 
 
 _PARSERS: dict[Any, tuple[str, Callable[[str], Any]]] = {

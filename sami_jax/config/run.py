@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sami_jax.config.data import ConstitutionsConfig, FiltersConfig, PromptsConfig, QueriesConfig
+from sami_jax.config.data import ConstitutionsConfig, FiltersConfig, QueriesConfig
 from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.fields import Typed, build_section, setting
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.pretraining import PretrainingConfig
+from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError, BadDataError

@@ -16,22 +16,31 @@ class Sampled(Protocol):
     def finished(self) -> bool: ...
 
 
-REASONS = ("empty", "placeholder", "unfinished", "identical")
+REASONS = ("no_answer", "empty", "placeholder", "unfinished", "identical")
 
 
-def drop_reason(responses: Sequence[Sampled], filters: FiltersConfig) -> str | None:
+def cut_reasoning(text: str, marker: str) -> str | None:
+    """The answer of a response that reasons first: what stands behind the first marker; None where there is none."""
+    _, found, answer = text.partition(marker)
+    return answer.strip() if found else None
+
+
+def drop_reason(responses: Sequence[Sampled | None], filters: FiltersConfig) -> str | None:
     """Why a query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
 
-    empty: no text; placeholder: a piece of the format's example was copied; unfinished: the sampler ran out of tokens,
-    or the text does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The
-    authors test some of these on the first response only.
+    no_answer: the reasoning came to none (`cut_reasoning`); empty: no text; placeholder: a piece of the format's
+    example was copied; unfinished: the sampler ran out of tokens, or the text does not end as a sentence; identical:
+    two responses are the same, so nothing tells them apart. The authors test some on the first response only.
     """
-    texts = [response.text for response in responses]
+    there = [response for response in responses if response is not None]
+    if len(there) < len(responses):
+        return "no_answer"
+    texts = [response.text for response in there]
     if any(not text for text in texts):
         return "empty"
     if any(placeholder in text for text in texts for placeholder in filters.placeholders):
         return "placeholder"
-    if any(not response.finished or not response.text.endswith(tuple(filters.sentence_ends)) for response in responses):
+    if any(not response.finished or not response.text.endswith(tuple(filters.sentence_ends)) for response in there):
         return "unfinished"
     if len(set(texts)) < len(texts):
         return "identical"

@@ -20,8 +20,10 @@ class Pair:
       example_id: the query's.
       prompts: C texts.
       responses: C texts.
-      prompt_ids: C token id lists, BOS included where the tokenizer adds one.
-      response_ids: C token id lists; as sampled where known.
+      prompt_ids: C token id lists, BOS included where the tokenizer adds one, and behind the prompt the response's
+        prefix.
+      response_ids: C token id lists, without the prefix; as sampled where known.
+      response_prefix: what every response begins with, and what is given, not trained.
     """
 
     example_id: str | int
@@ -29,32 +31,43 @@ class Pair:
     responses: tuple[str, ...]
     prompt_ids: tuple[tuple[int, ...], ...]
     response_ids: tuple[tuple[int, ...], ...]
+    response_prefix: str = ""
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Writes `{"0": [{"prompt", "response", "example_id", "response_ids"}, ...], "1": [...], ...}`.
+    """Writes `{"0": [{"prompt", "response", "example_id", "prompt_ids", "response_ids"}, ...], "1": [...], ...}`.
 
-    One key per query, in order; one list entry per constitution. The first three fields are the authors';
-    `response_ids` keeps the tokens that were sampled.
+    One key per query, in order; one list entry per constitution. The first three fields are the authors'; the ids are
+    the tokens that the model was given and that it sampled. Where responses have a prefix, it stands in them, and in
+    `response_prefix`; its ids are the prompt's last.
     """
-    queries = {
-        str(number): [
-            {"prompt": prompt, "response": response, "example_id": pair.example_id, "response_ids": list(ids)}
-            for prompt, response, ids in zip(pair.prompts, pair.responses, pair.response_ids, strict=True)
-        ]
-        for number, pair in enumerate(pairs)
-    }
-    write_json(path, queries, sort_keys=False)
+    write_json(path, {str(number): _entries(pair) for number, pair in enumerate(pairs)}, sort_keys=False)
+
+
+def _entries(pair: Pair) -> list[dict[str, Any]]:
+    prefix = {"response_prefix": pair.response_prefix} if pair.response_prefix else {}
+    columns = zip(pair.prompts, pair.responses, pair.prompt_ids, pair.response_ids, strict=True)
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            **prefix,
+            "example_id": pair.example_id,
+            "prompt_ids": list(prompt_ids),
+            "response_ids": list(response_ids),
+        }
+        for prompt, response, prompt_ids, response_ids in columns
+    ]
 
 
 def read_pairs(
     path: Path, tokenizer: Tokenizer, *, boundary: Boundary, max_positions: int, vocab_size: int
 ) -> list[Pair]:
-    """Reads a file of the authors' format, with or without `response_ids`, in the file's order.
+    """Reads a file of the authors' format, with or without ids, in the file's order.
 
     Args:
       path: the JSON file: one key per query, whose list has one entry per constitution, equally many for all queries.
-      tokenizer: gives the ids of prompts, and of responses that have none.
+      tokenizer: gives the ids of prompts and responses that have none.
       boundary: between a prompt and a response that has no ids; see `Tokenizer.response_ids`.
       max_positions: the model's longest sequence, in tokens.
       vocab_size: the model's V; every id is below it.
@@ -91,6 +104,8 @@ def read_entries(path: Path) -> dict[str, list[dict[str, Any]]]:
         for constitution, entry in enumerate(entries):
             _check_entry(entry, f"{where}, entry {constitution}")
         ids = [entry["example_id"] for entry in entries]
+        if len({entry.get("response_prefix", "") for entry in entries}) != 1:
+            raise BadDataError(f"{where}: its entries have different response_prefixes; a query has one.")
         if len(set(ids)) != 1:
             raise BadDataError(f"{where}: its entries have different example_ids {ids}; a query has one.")
         count = count or len(entries)
@@ -101,16 +116,22 @@ def read_entries(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _to_pair(entries: Sequence[dict[str, Any]], tokenizer: Tokenizer, boundary: Boundary, where: str) -> Pair:
     prompts, responses = (tuple(entry[key] for entry in entries) for key in ("prompt", "response"))
-    response_ids = []
+    prompt_ids, response_ids = [], []
     for constitution, entry in enumerate(entries):
-        tokens = entry.get("response_ids")
+        given, prefix, tokens = (entry.get(key) for key in ("prompt_ids", "response_prefix", "response_ids"))
+        if given is None:
+            given = tokenizer.prompt_ids(entry["prompt"])
+            given += tokenizer.response_ids(prefix or "", prompt=entry["prompt"], boundary=boundary)
         if tokens is None:
-            tokens = tokenizer.response_ids(entry["response"], prompt=entry["prompt"], boundary=boundary)
+            tokens = tokenizer.response_ids(
+                entry["response"], prompt=entry["prompt"], boundary=boundary, prefix=prefix or ""
+            )
         if not tokens:
             raise BadDataError(f"{where}, entry {constitution}: the response has no tokens; remove this query.")
+        prompt_ids.append(tuple(given))
         response_ids.append(tuple(tokens))
-    prompt_ids = tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts)
-    return Pair(entries[0]["example_id"], prompts, responses, prompt_ids, tuple(response_ids))
+    prefix = entries[0].get("response_prefix", "")
+    return Pair(entries[0]["example_id"], prompts, responses, tuple(prompt_ids), tuple(response_ids), prefix)
 
 
 def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -> None:
@@ -128,10 +149,10 @@ def _check_fit(pair: Pair, where: str, *, max_positions: int, vocab_size: int) -
             )
         if not prompt:
             raise BadDataError(f"{where}, entry {constitution}: the prompt has no tokens.")
-        if max(prompt) >= vocab_size:
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise BadDataError(
-                f"{where}: the tokenizer gives ids beyond the model's vocabulary of {vocab_size} tokens; the tokenizer "
-                "and the weights in the model folder do not belong together."
+                f"{where}: the prompt has ids outside the model's vocabulary of {vocab_size} tokens; the tokenizer (or "
+                "the file's prompt_ids) and the weights in the model folder do not belong together."
             )
 
 
@@ -145,6 +166,10 @@ def _check_entry(entry: Any, where: str) -> None:
         raise BadDataError(f"{where}: example_id must be a text or a whole number.")
     if not entry["prompt"]:
         raise BadDataError(f"{where}: the prompt is empty.")
-    ids = entry.get("response_ids", [0])
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise BadDataError(f"{where}: response_ids must be a list of whole numbers.")
+    for key in ("prompt_ids", "response_ids"):
+        ids = entry.get(key, [0])
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise BadDataError(f"{where}: {key} must be a list of whole numbers.")
+    prefix = entry.get("response_prefix", "")
+    if not isinstance(prefix, str) or not entry["response"].startswith(prefix):
+        raise BadDataError(f"{where}: response_prefix must be text that the response begins with.")

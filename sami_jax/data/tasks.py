@@ -3,7 +3,6 @@
 import dataclasses
 
 from sami_jax.data.constitutions import Constitution
-from sami_jax.data.prompts import render
 from sami_jax.data.queries import Query
 
 
@@ -13,7 +12,3 @@ class Task:
 
     query: Query
     constitutions: tuple[Constitution, ...]
-
-    def prompts(self, template: str) -> list[str]:
-        """The C prompts of a template."""
-        return [render(template, constitution=c.text, query=self.query.text) for c in self.constitutions]

@@ -1,9 +1,12 @@
 """Text to ids and back, with one exact rule for where a prompt ends and its response begins."""
 
 import functools
+import json
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sami_jax.errors import BadDataError
 from sami_jax.types import Boundary
@@ -16,6 +19,18 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+
+
+class Span(NamedTuple):
+    """A piece of a rendered chat.
+
+    Attributes:
+      text: of it.
+      control: the template wrote it, and its control tokens are control tokens; in other spans they are text.
+    """
+
+    text: str
+    control: bool
 
 
 class Tokenizer:
@@ -65,7 +80,7 @@ class Tokenizer:
         """The prompt's ids behind `leading_ids`; an end token that the tokenizer would add is left out."""
         return [*self.leading_ids, *self._plain_ids(text)]
 
-    def response_ids(self, response: str, *, prompt: str, boundary: Boundary = "exact") -> list[int]:
+    def response_ids(self, response: str, *, prompt: str, boundary: Boundary = "exact", prefix: str = "") -> list[int]:
         """The ids of a response that is given as text, behind its prompt.
 
         "exact": what a sampler would have emitted after the prompt, which is the ids of a space and the response, or of
@@ -81,13 +96,19 @@ class Tokenizer:
           response: the response's text; white space in front of it does not count.
           prompt: the prompt's text.
           boundary: "exact" or "authors".
+          prefix: what the response begins with and what belongs to the prompt; its ids are left out.
 
         Returns:
           Token ids without BOS or EOS; empty for an empty response.
 
         Raises:
-          BadDataError: the tokenizer has no ids for the response that begin where it does.
+          BadDataError: the response does not begin with its prefix, or the tokenizer has no ids for it that begin where
+            it does.
         """
+        if prefix:
+            head = self.response_ids(prefix, prompt=prompt, boundary=boundary)
+            whole = self.response_ids(response, prompt=prompt, boundary=boundary)
+            return self._behind(head, whole, prefix=prefix, response=response.lstrip())
         response = response.lstrip()
         if not response:
             return []
@@ -109,6 +130,94 @@ class Tokenizer:
                 f"{response[:40]!r} has no ids of its own; use pairs that store response_ids."
             )
         return whole[len(head) :]
+
+    def _behind(self, head: list[int], whole: list[int], *, prefix: str, response: str) -> list[int]:
+        """What of a response's ids comes behind those of its prefix."""
+        if not response.startswith(prefix):
+            raise BadDataError(f"the response {response[:40]!r} does not begin with its prefix {prefix!r}.")
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+        ids = self.continuation_ids(response[len(prefix) :], behind=head)
+        if ids is None:
+            raise BadDataError(f"the tokenizer merges {prefix!r} with what follows it in {response[:40]!r}.")
+        return ids
+
+    def render_chat(self, turns: Sequence[tuple[str, str]], *, answered: bool) -> str:
+        """The text of a chat in the tokenizer's own template.
+
+        Args:
+          turns: (role, text), in order.
+          answered: the last turn is the assistant's; else the text ends where it begins.
+
+        Raises:
+          BadDataError: there is no template, or it refuses such a chat.
+        """
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return self._backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+        except Exception as error:  # jinja2's, and what a template raises
+            raise BadDataError(
+                f"the tokenizer's chat template cannot be used ({str(error).partition(chr(10))[0]}); set "
+                "config.prompts.style=base, or take a model with one."
+            ) from error
+
+    def chat_ids(self, spans: Sequence[Span]) -> list[int]:
+        """The ids of a rendered chat: for texts that name no control token those of `transformers`.
+
+        In the template's own spans control tokens become what they are; the same names in other spans become ordinary
+        tokens. Raises BadDataError where the tokenizer cannot do that.
+        """
+        stand_ins = self._stand_ins
+        names = "|".join(re.escape(name) for name in sorted(stand_ins.names, key=len, reverse=True))
+        written = (
+            re.sub(names, lambda name: stand_ins.names[name[0]], span.text) if span.control and names else span.text
+            for span in spans
+        )
+        ids = stand_ins.backend.encode("".join(written), add_special_tokens=False).ids
+        return [stand_ins.ids.get(token, token) for token in ids]
+
+    def chat_response_ids(self, spans: Sequence[Span], text: str, *, behind: Sequence[int]) -> list[int]:
+        """The ids of a text that goes on with a rendered chat, whose ids and perhaps the text's first are `behind`.
+
+        Raises:
+          BadDataError: the tokenizer has none that begin there.
+        """
+        behind, whole = list(behind), self.chat_ids([*spans, Span(text, False)])
+        if whole[: len(behind)] == behind:
+            return whole[len(behind) :]
+        begun = len(self.spell(behind)) - len(self.spell(self.chat_ids(spans)))
+        ids = self.continuation_ids(text[begun:], behind=behind)
+        if ids is None:
+            raise BadDataError(f"the tokenizer merges the chat with the response {text[:40]!r} behind it.")
+        return ids
+
+    @functools.cached_property
+    def _stand_ins(self) -> "_StandIns":
+        """A copy of the tokenizer that finds none of its own added tokens in a text, but a stand-in for each of them.
+
+        A stand-in takes part in everything else as the token itself does: it cuts the text, and takes white space
+        beside it along where that does. Its name is drawn anew in each process, so that no text can hold it.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        if not hasattr(self._backend, "backend_tokenizer"):
+            raise BadDataError("config.prompts.style=chat needs a tokenizer.json, which this tokenizer does not have.")
+        settings = json.loads(self._backend.backend_tokenizer.to_str())
+        own = [token for token in settings["added_tokens"] if token["content"]]
+        settings["added_tokens"] = [{**token, "special": True} for token in settings["added_tokens"]]
+        backend = Backend.from_str(json.dumps(settings))
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        nonce = secrets.token_hex(8)
+        names = {token["content"]: f"\ue000{nonce}.{number}\ue001" for number, token in enumerate(own)}
+        alike = ("single_word", "lstrip", "rstrip")
+        backend.add_tokens(
+            [AddedToken(names[t["content"]], **{name: t[name] for name in alike}, normalized=False) for t in own]
+        )
+        ids = {backend.token_to_id(names[token["content"]]) or 0: token["id"] for token in own}
+        return _StandIns(backend, names, ids)
 
     def continuation_ids(self, text: str, *, behind: Sequence[int]) -> list[int] | None:
         """Ids that spell the text behind these ids, white space included, or None where none were found.
@@ -138,6 +247,20 @@ class Tokenizer:
 
     def _plain_ids(self, text: str) -> list[int]:
         return list(self._backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+class _StandIns(NamedTuple):
+    """See `Tokenizer._stand_ins`.
+
+    Attributes:
+      backend: the copy.
+      names: added token -> its stand-in.
+      ids: id of a stand-in -> id of the token.
+    """
+
+    backend: Any
+    names: dict[str, str]
+    ids: dict[int, int]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -30,6 +30,7 @@ class QueryResult:
       base_logps: [C] of each response under its own constitution and the base model, in nats; None likewise.
       mi_nats: lower bound on the mutual information of `logps`; None likewise.
       verdicts: C of them; None without a judge.
+      response_prefix: what every response was made to begin with.
     """
 
     split: str
@@ -42,6 +43,7 @@ class QueryResult:
     base_logps: np.ndarray | None
     mi_nats: float | None
     verdicts: Sequence[Verdict] | None
+    response_prefix: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.constitutions)

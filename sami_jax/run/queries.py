@@ -89,6 +89,13 @@ def check_counts(config: RunConfig, *, iterations: int) -> None:
     if not iterations:
         return
     path = Path(config.queries.train)
+    about = read_json(path.with_name(SOURCES))["train"]
+    if not about["queries"]:
+        raise BadDataError(
+            f"config.queries.train and config.queries.evaluation are both {about['source']}, which has {about['kept']} "
+            f"usable queries: with {about['held_out']} held out for evaluation none is left to train on. Give more, or "
+            f"lower config.queries.evaluation_count, now {config.queries.evaluation_count}."
+        )
     queries = read_queries(path)
     for iteration in range(1, iterations + 1):
         half = alternating_half(queries, iteration)

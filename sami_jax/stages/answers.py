@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from sami_jax.config.data import PromptsConfig
+from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.sampling import SamplingConfig
-from sami_jax.data.constitutions import Constitution
+from sami_jax.data.filters import cut_reasoning
 from sami_jax.data.pairs import Pair
-from sami_jax.data.prompts import render
-from sami_jax.data.queries import Query
+from sami_jax.data.prompts import Prompt
+from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
-from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.sampling import Response, make_stops, sample_responses
@@ -18,13 +17,11 @@ from sami_jax.sharding import batch_sharding, more_devices, shared_rows
 from sami_jax.stages.stage import Output
 
 
-def check_prompts(opened: OpenModel, prompts: Sequence[str], *, max_new_tokens: int) -> list[list[int]]:
-    """The prompts' token ids. Raises BadDataError where one has none, or may not fit with its response."""
-    ids = [opened.tokenizer.prompt_ids(prompt) for prompt in prompts]
-    for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
-        if problem := _prompt_problem(opened, row, max_new_tokens):
-            raise BadDataError(f"Prompt {number} ({prompt[:60]!r}...) {problem}")
-    return ids
+def check_prompts(opened: OpenModel, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
+    """Raises BadDataError where a prompt has no tokens, or may not fit with its response."""
+    for number, prompt in enumerate(prompts, start=1):
+        if problem := _prompt_problem(opened, prompt.ids, max_new_tokens):
+            raise BadDataError(f"Prompt {number} ({prompt.text[:60]!r}...) {problem}")
 
 
 def check_tasks(
@@ -42,15 +39,14 @@ def check_tasks(
     Raises:
       BadDataError: the query, what is wrong and the remedy.
     """
-    # A token is at least one byte, except those that the tokenizer puts in front. So prompts of fewer bytes than this
-    # fit, and need not be tokenised; only the first one is, to see that the tokenizer belongs to the model.
-    fitting = opened.model.config.max_positions - new_tokens - len(opened.tokenizer.leading_ids) - 1
+    renderer, room = Renderer(templates, opened.tokenizer), opened.model.config.max_positions - new_tokens
     for number, task in enumerate(tasks):
-        for name, template in (("generation", templates.generation), ("training", templates.training)):
-            for prompt in task.prompts(template):
-                if number and len(prompt.encode()) <= fitting:
-                    continue
-                if problem := _prompt_problem(opened, opened.tokenizer.prompt_ids(prompt), new_tokens):
+        # The first one is tokenised in any case, to see that the tokenizer belongs to the model.
+        if number and renderer.most_tokens(task) <= room:
+            continue
+        for name, prompts in (("generation", renderer.generation(task)), ("training", renderer.training(task))):
+            for prompt in prompts:
+                if problem := _prompt_problem(opened, prompt.ids, new_tokens):
                     raise BadDataError(f"{file}: the {name} prompt of query {task.query.example_id!r} {problem}")
 
 
@@ -72,13 +68,13 @@ def _prompt_problem(opened: OpenModel, ids: Sequence[int], new_tokens: int) -> s
     return ""
 
 
-def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig, *, rows: int) -> list[Response]:
-    """Greedy responses to prompt texts, in batches of `rows`, or as many more as the mesh can share evenly.
+def respond(loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, *, rows: int) -> list[Response]:
+    """Greedy responses to prompts, in batches of `rows`, or as many more as the mesh can share evenly.
 
     Raises:
       BadDataError: as `check_prompts` does.
     """
-    ids = check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
+    check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
     stops = make_stops(
         loaded.tokenizer,
         end_ids=loaded.end_ids,
@@ -87,11 +83,11 @@ def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig,
     )
     rows = shared_rows(rows, loaded.mesh)
     responses = []
-    for start in range(0, len(ids), rows):
+    for start in range(0, len(prompts), rows):
         responses += sample_responses(
             loaded.model.decode,
             loaded.params,
-            ids[start : start + rows],
+            prompts[start : start + rows],
             loaded.tokenizer,
             stops=stops,
             max_new_tokens=config.max_new_tokens,
@@ -103,14 +99,14 @@ def respond(loaded: LoadedModel, prompts: Sequence[str], config: SamplingConfig,
 
 
 def answer(
-    loaded: LoadedModel, tasks: Sequence[Task], template: str, config: SamplingConfig, *, out: Output, part: str
+    loaded: LoadedModel, tasks: Sequence[Task], renderer: Renderer, config: SamplingConfig, *, out: Output, part: str
 ) -> list[list[Response]]:
     """The C responses of each task, kept as a part of a stage.
 
     Args:
       loaded: the model.
       tasks: C constitutions each.
-      template: of the prompts.
+      renderer: of the prompts.
       config: how to sample.
       out: the stage's.
       part: name of the file that keeps them.
@@ -120,7 +116,7 @@ def answer(
     """
 
     def sampled() -> list[dict]:
-        prompts = [prompt for task in tasks for prompt in task.prompts(template)]
+        prompts = [prompt for task in tasks for prompt in renderer.generation(task)]
         with enough_memory(
             f"sampling {len(prompts)} responses of up to {config.max_new_tokens} tokens at once",
             f"lower config.sampling.chunk_queries, now {config.chunk_queries}",
@@ -128,11 +124,13 @@ def answer(
         ):
             count = len(tasks[0].constitutions)
             flat = respond(loaded, prompts, config, rows=config.chunk_queries * count)
+        prefix = {"response_prefix": renderer.response_prefix} if renderer.response_prefix else {}
         return [
             {
                 "example_id": task.query.example_id,
                 "constitutions": [constitution.text for constitution in task.constitutions],
                 "responses": [dataclasses.asdict(response) for response in flat[i * count : (i + 1) * count]],
+                **prefix,
             }
             for i, task in enumerate(tasks)
         ]
@@ -144,25 +142,36 @@ def answer(
     return [[Response(r["text"], tuple(r["ids"]), r["finished"]) for r in record["responses"]] for record in records]
 
 
-def answered_pair(
-    query: Query,
-    constitutions: Sequence[Constitution],
-    responses: Sequence[Response],
-    templates: PromptsConfig,
-    tokenizer: Tokenizer,
-) -> Pair:
-    """The pair that is trained or scored: responses as sampled, or tokenised anew with the prompt as the authors do."""
-    prompts = [render(templates.training, constitution=c.text, query=query.text) for c in constitutions]
-    response_ids = [response.ids for response in responses]
-    if templates.boundary == "authors":
-        response_ids = [
-            tuple(tokenizer.response_ids(response.text, prompt=prompt, boundary="authors"))
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+def answers_behind_reasoning(responses: Sequence[Response], templates: PromptsConfig) -> list[Response | None]:
+    """The responses as they are judged and trained: without their reasoning; None for one that comes to no answer.
+
+    The ids stay those that were sampled; `answered_pair` finds those of an answer.
+    """
+    if not templates.chain_of_thought:
+        return list(responses)
+    answers = [cut_reasoning(response.text, templates.answer_marker) for response in responses]
+    return [
+        None if answer is None else dataclasses.replace(response, text=answer)
+        for response, answer in zip(responses, answers, strict=True)
+    ]
+
+
+def answered_pair(task: Task, responses: Sequence[Response], renderer: Renderer) -> Pair:
+    """The pair that is trained or scored.
+
+    Responses have the ids that were sampled, or are tokenised anew behind the training prompt: with it as one text, as
+    the authors do, or where it is not what they were sampled behind, as an answer behind its reasoning.
+    """
+    prompts = renderer.training(task)
+    response_ids = tuple(
+        renderer.response_ids(task, number, prompt, response.text) if renderer.tokenises_anew else response.ids
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    )
     return Pair(
-        query.example_id,
-        tuple(prompts),
+        task.query.example_id,
+        tuple(prompt.text for prompt in prompts),
         tuple(response.text for response in responses),
-        tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts),
-        tuple(response_ids),
+        tuple(prompt.ids for prompt in prompts),
+        response_ids,
+        renderer.response_prefix,
     )

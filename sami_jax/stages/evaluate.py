@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from sami_jax.config.data import ConstitutionsConfig, PromptsConfig
+from sami_jax.config.data import ConstitutionsConfig
 from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.pools import HELD_OUT, read_pools
 from sami_jax.data.queries import read_queries
+from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
 from sami_jax.errors import BadDataError, NonFiniteError
 from sami_jax.evaluation.judge_by_name import judge_by_name
@@ -26,7 +28,7 @@ from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
 from sami_jax.seeds import generator
-from sami_jax.stages.answers import answer, answered_pair
+from sami_jax.stages.answers import answer, answered_pair, answers_behind_reasoning
 from sami_jax.stages.score import Scoring, matrices
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.types import Dtype, Params
@@ -145,7 +147,10 @@ class Evaluate(Stage):
         size = self.sampling.chunk_queries
         for number, start in enumerate(range(0, len(tasks), size)):
             chunk, part = tasks[start : start + size], f"responses/{split}/{number:05d}.jsonl"
-            answers += answer(loaded, chunk, self.prompts.generation, self.sampling, out=out, part=part)
+            renderer = Renderer(self.prompts, loaded.tokenizer)
+            for responses in answer(loaded, chunk, renderer, self.sampling, out=out, part=part):
+                found = answers_behind_reasoning(responses, self.prompts)
+                answers.append([response or Response("", (), finished=False) for response in found])
             progress.update(len(answers))
             safe_point()
         return answers
@@ -158,10 +163,8 @@ class Evaluate(Stage):
         tasks: Sequence[Task],
         answers: Sequence[Sequence[Response]],
     ) -> list[QueryResult]:
-        pairs = [
-            answered_pair(task.query, task.constitutions, responses, self.prompts, loaded.tokenizer)
-            for task, responses in zip(tasks, answers, strict=True)
-        ]
+        renderer = Renderer(self.prompts, loaded.tokenizer)
+        pairs = [answered_pair(task, responses, renderer) for task, responses in zip(tasks, answers, strict=True)]
         ours, bases = (matrices(loaded, params, pairs, self.scoring) for params in (loaded.params, base_params))
         for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
             if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
@@ -182,6 +185,7 @@ class Evaluate(Stage):
                     base_logps=np.diagonal(base_logps) if scored else None,
                     mi_nats=float(mi_nats) if scored else None,
                     verdicts=None,
+                    response_prefix=renderer.response_prefix,
                 )
             )
         return results

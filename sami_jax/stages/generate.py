@@ -7,6 +7,7 @@ from typing import Any
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
+from sami_jax.data.rendering import plain_prompts
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.files import read_jsonl
 from sami_jax.huggingface.opened import open_model
@@ -55,21 +56,22 @@ class Generate(FileStage):
         """The prompts' lines with response, response_ids and finished; see `FileStage.make`."""
         records = read_prompts(self.prompts.path)
         opened = open_model(self.model.path, self.mesh, self.compute_dtype)
-        check_prompts(opened, [r["prompt"] for r in records], max_new_tokens=self.sampling.max_new_tokens)
+        prompts = plain_prompts(opened.tokenizer, [record["prompt"] for record in records])
+        check_prompts(opened, prompts, max_new_tokens=self.sampling.max_new_tokens)
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
-        chunks = [records[start : start + self.rows] for start in range(0, len(records), self.rows)]
+        chunks = [range(len(records))[start : start + self.rows] for start in range(0, len(records), self.rows)]
         first = sum(len(chunk) for number, chunk in enumerate(chunks) if out.stands(f"{number:05d}.jsonl"))
         progress = Progress("sampling", len(records), unit="prompts", done=first)
         lines: list[Any] = []
         for number, chunk in enumerate(chunks):
 
-            def sampled(chunk: list[Any] = chunk) -> list[Any]:
+            def sampled(chunk: range = chunk) -> list[Any]:
                 with enough_memory(f"sampling {len(chunk)} responses at once", f"lower --rows, now {self.rows}"):
-                    responses = respond(loaded, [r["prompt"] for r in chunk], self.sampling, rows=self.rows)
+                    responses = respond(loaded, [prompts[i] for i in chunk], self.sampling, rows=self.rows)
                 return [
-                    {**record, "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
-                    for record, r in zip(chunk, responses, strict=True)
+                    {**records[i], "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
+                    for i, r in zip(chunk, responses, strict=True)
                 ]
 
             lines += out.part(f"{number:05d}.jsonl", sampled)

@@ -8,7 +8,6 @@ from typing import Any
 
 from sami_jax.data.queries import Query, read_queries
 from sami_jax.data.sources import OpenSource, SourceName, open_source
-from sami_jax.errors import BadDataError
 from sami_jax.files import replacing, write_json, write_jsonl
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import number
@@ -42,7 +41,7 @@ class Prepare(Stage):
 
         Raises:
           BadConfigError: there is no such function.
-          BadDataError: a source cannot be used, or has nothing left to train on.
+          BadDataError: a source cannot be used.
           FetchFailedError: the Hub cannot be reached.
         """
         out.build()
@@ -82,12 +81,6 @@ class Prepare(Stage):
 
         write_queries(everything, drawn())
         count, total = min(self.evaluation_count, len(draws)), len(draws)
-        if count == total:
-            raise BadDataError(
-                f"config.queries.train and config.queries.evaluation are both {name}, which has {total} usable "
-                f"queries: with {self.evaluation_count} held out for evaluation none is left to train on. Give more, "
-                "or lower config.queries.evaluation_count."
-            )
         highest = sorted(draws)[count - 1]  # of those that are held out: the lowest ones, in whatever order they come
         with (
             everything.open("rb") as lines,

@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sami_jax.config.data import ConstitutionsConfig, FiltersConfig, PromptsConfig
+from sami_jax.config.data import ConstitutionsConfig, FiltersConfig
 from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.filters import REASONS, drop_reason
 from sami_jax.data.pairs import Pair, write_pairs
 from sami_jax.data.pools import LEARNED, Pool, read_pools
 from sami_jax.data.queries import Query, alternating_half, read_queries
+from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
-from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError
 from sami_jax.files import write_jsonl
 from sami_jax.huggingface.opened import load_model
@@ -21,7 +22,7 @@ from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
 from sami_jax.seeds import generator
-from sami_jax.stages.answers import answer, answered_pair
+from sami_jax.stages.answers import answer, answered_pair, answers_behind_reasoning
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.training import pairs_needed
 from sami_jax.types import Dtype
@@ -91,6 +92,7 @@ class Sample(Stage):
         queries = alternating_half(read_queries(self.queries.path), self.iteration)
         pool = read_pools(self.principles.path, self.constitutions)[LEARNED]
         loaded = load_model(self.model.path, self.mesh, self.compute_dtype)
+        renderer = Renderer(self.prompts, loaded.tokenizer)
         out.begin()
         order = generator(self.seed, "sample", self.iteration).permutation(len(queries))
         kept: list[Pair] = []
@@ -101,11 +103,12 @@ class Sample(Stage):
             asked_now = [queries[i] for i in order[start : start + size]]
             tasks = list(sampling_tasks(asked_now, pool, seed=self.seed, iteration=self.iteration))
             part = f"chunks/{number:05d}.jsonl"
-            answers = answer(loaded, tasks, self.prompts.generation, self.sampling, out=out, part=part)
+            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part)
             for task, responses in zip(tasks, answers, strict=True):
-                reason = drop_reason(responses, self.filters)
+                found = answers_behind_reasoning(responses, self.prompts)
+                reason = drop_reason(found, self.filters)
                 if reason is None:
-                    kept.append(self._pair(task, responses, loaded.tokenizer))
+                    kept.append(self._pair(task, [response for response in found if response], renderer))
                 else:
                     texts = [response.text for response in responses]
                     rejects.append({"example_id": task.query.example_id, "reason": reason, "responses": texts})
@@ -125,10 +128,10 @@ class Sample(Stage):
         out.write("rejects.jsonl", write_jsonl, rejects)
         return {"queries": len(queries), "sampled": asked, "kept": len(kept), "dropped": dropped}
 
-    def _pair(self, task: Task, responses: Sequence[Response], tokenizer: Tokenizer) -> Pair:
+    def _pair(self, task: Task, responses: Sequence[Response], renderer: Renderer) -> Pair:
         rng = generator(self.seed, "reshuffle", self.iteration, task.query.example_id)
-        constitutions = [c.shuffled(rng) if self.constitutions.reshuffle else c for c in task.constitutions]
-        return answered_pair(task.query, constitutions, responses, self.prompts, tokenizer)
+        constitutions = tuple(c.shuffled(rng) if self.constitutions.reshuffle else c for c in task.constitutions)
+        return answered_pair(Task(task.query, constitutions), responses, renderer)
 
 
 def sampling_tasks(queries: Iterable[Query], pool: Pool, *, seed: int, iteration: int) -> Iterator[Task]:
