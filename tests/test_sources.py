@@ -124,7 +124,7 @@ class TestColumns:
     def test_nan_in_parquet(self, tmp_path):
         table = pyarrow.table({"example_id": ["a"], "text": pyarrow.array([float("nan")])})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-        with pytest.raises(BadDataError, match=r"no usable query in 1 rows \(1 nan\)"):
+        with pytest.raises(BadDataError, match=r"no usable query in 1 rows \(dropped: 1 nan\)"):
             read(f"parquet:{tmp_path / 'a.parquet'}")
 
     def test_a_plain_file_is_taken_as_it_is_or_refused(self, tmp_path):

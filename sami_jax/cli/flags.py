@@ -67,6 +67,11 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """The type of an argument that counts from 0."""
+    return 0 if text == "0" else positive_int(text)
+
+
 def local_name(text: str) -> str:
     """The type of an argument that may be a path: no store's."""
     if problem := no_local_path(text):

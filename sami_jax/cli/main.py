@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from sami_jax.cli.data_commands import add_data
 from sami_jax.cli.flags import EXIT_CODES, Parser, overrides_of, refuse_unread
 from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
 from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
@@ -47,7 +48,17 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    for add in (add_run, add_pretrain, add_generate, add_score, add_train, add_evaluate, add_report, add_export):
+    for add in (
+        add_run,
+        add_data,
+        add_pretrain,
+        add_generate,
+        add_score,
+        add_train,
+        add_evaluate,
+        add_report,
+        add_export,
+    ):
         add(commands)
     return parser
 

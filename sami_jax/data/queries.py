@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Query:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+T = TypeVar("T")
 COLUMNS = {"example_id", "text", "facts"}
 
 
@@ -84,6 +85,6 @@ def read_queries(path: Path) -> Queries:
     return Queries(path, np.array(offsets, np.int64))
 
 
-def alternating_half(queries: Queries, iteration: int) -> Queries:
+def alternating_half(queries: Sequence[T], iteration: int) -> Sequence[T]:
     """The half that iteration 1, 2, 3, ... samples on, so that no model samples on queries it was trained on."""
     return queries[(iteration - 1) % 2 :: 2]

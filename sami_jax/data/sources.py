@@ -263,8 +263,9 @@ def _cleaned(rows: Iterable[Row], kind: _Kind, label: str, max_characters: int, 
 
 
 def dropped_text(dropped: dict[str, int]) -> str:
-    """ "3 empty, 1 duplicate", of those reasons that occurred; "none dropped" where there were none."""
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none dropped"
+    """ "dropped: 3 empty, 1 duplicate", of those reasons that occurred; "none dropped" where there were none."""
+    listed = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    return f"dropped: {listed}" if listed else "none dropped"
 
 
 def _reason(raw: _Raw, where: str, max_characters: int) -> str | None:

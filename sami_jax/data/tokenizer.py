@@ -65,7 +65,7 @@ class Tokenizer:
         Raises:
           BadDataError: the template does more than put ids in front of a text and behind it.
         """
-        plain, whole = self._plain_ids("a"), list(self._backend("a")["input_ids"])
+        plain, whole = self.plain_ids("a"), list(self._backend("a")["input_ids"])
         starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
         # A template that has the text twice in a row does so without its special tokens, too.
         doubled = bool(plain) and plain == 2 * plain[: len(plain) // 2]
@@ -78,7 +78,7 @@ class Tokenizer:
 
     def prompt_ids(self, text: str) -> list[int]:
         """The prompt's ids behind `leading_ids`; an end token that the tokenizer would add is left out."""
-        return [*self.leading_ids, *self._plain_ids(text)]
+        return [*self.leading_ids, *self.plain_ids(text)]
 
     def response_ids(self, response: str, *, prompt: str, boundary: Boundary = "exact", prefix: str = "") -> list[int]:
         """The ids of a response that is given as text, behind its prompt.
@@ -113,7 +113,7 @@ class Tokenizer:
         if not response:
             return []
         if boundary == "authors":
-            head, whole = self._plain_ids(prompt), self._plain_ids(prompt + response)
+            head, whole = self.plain_ids(prompt), self.plain_ids(prompt + response)
             ids = whole[len(head) :] if whole[: len(head)] == head else self.continuation_ids(response, behind=head)
             if ids is None:
                 raise BadDataError(
@@ -123,7 +123,7 @@ class Tokenizer:
             return ids
         # A newline before the response leaves its first word without a space token in both kinds of tokenizer.
         anchor, text = ("\n", response) if prompt[-1:].isspace() else (":", f" {response}")
-        head, whole = self._plain_ids(anchor), self._plain_ids(anchor + text)
+        head, whole = self.plain_ids(anchor), self.plain_ids(anchor + text)
         if whole[: len(head)] != head:
             raise BadDataError(
                 f"the tokenizer merges {anchor!r} with what follows it, so the start of the response "
@@ -226,7 +226,7 @@ class Tokenizer:
         """
         spelled = self.decode(behind) + text
         for anchor in ("\n", ":", "a", ""):
-            head, whole = self._plain_ids(anchor), self._plain_ids(anchor + text)
+            head, whole = self.plain_ids(anchor), self.plain_ids(anchor + text)
             ids = whole[len(head) :]
             if whole[: len(head)] == head and self.decode([*behind, *ids]) == spelled:
                 return ids
@@ -245,7 +245,8 @@ class Tokenizer:
         """[V] each token's own text; pieces of a character show as U+FFFD."""
         return [self.spell([i]) for i in range(self.vocab_size)]
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def plain_ids(self, text: str) -> list[int]:
+        """A text's ids, nothing in front of it, none of its words a special token."""
         return list(self._backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sami_jax.errors import BadDataError, FetchFailedError, SamiError
@@ -21,22 +22,32 @@ def fetch_model(model: str) -> Path:
       BadDataError: it is neither, it may not be read, or it holds no model this version can run.
       FetchFailedError: the Hub cannot be reached, or the download broke off.
     """
+    folder = fetch_settings(model)
+    if folder == Path(model):
+        return folder
+    read_config(folder)
+    name = model.partition("@")[0]
+    _download(model, name, folder.name, WEIGHT_FILES)
+    _download(model, name, folder.name, tuple(read_weight_map(folder)))
+    find_weights(folder)
+    return folder
+
+
+def fetch_settings(model: str) -> Path:
+    """The folder of a model, of which a repository's config and tokenizer are there; see `fetch_model`."""
     name, _, revision = model.partition("@")
     if os.path.exists(model) or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         return Path(model)
+    return _download(model, name, revision or None, SETTINGS_FILES)
+
+
+def _download(model: str, name: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(SETTINGS_FILES)))
-        read_config(folder)
-        snapshot_download(name, revision=folder.name, allow_patterns=list(WEIGHT_FILES))
-        snapshot_download(name, revision=folder.name, allow_patterns=list(read_weight_map(folder)))
-    except SamiError:
-        raise
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the transport has its own kinds, which differ by version
         raise _explained(error, model) from error
-    find_weights(folder)
-    return folder
 
 
 def model_name(folder: Path) -> str:

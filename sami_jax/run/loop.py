@@ -12,7 +12,7 @@ from sami_jax.report.page import write_report
 from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
 from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun, time_now
 from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
-from sami_jax.run.queries import with_queries
+from sami_jax.run.queries import check_counts, with_queries
 from sami_jax.safe_point import SafePoint, stop_on_signal
 from sami_jax.sharding import make_mesh, place_of_process, use_platform
 from sami_jax.stage_folder import locked
@@ -62,6 +62,8 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
         )
         given = read_given(config)
         if to_check:
+            with agreed():
+                check_counts(config, iterations=config.iterations)
             check_queries(config, iterations=config.iterations)
         return _Run(config, given, workdir, safe_point, say).finish()
 

@@ -29,7 +29,7 @@ from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import QUERIES, time_now
-from sami_jax.run.queries import source_of, with_queries
+from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
 from sami_jax.sharding import make_mesh
@@ -147,8 +147,10 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
     if PRETRAINED not in place:
         check_constitutions(config.constitutions)
     config = with_queries(config, queries, iterations=iterations, say=say)
+    if PRETRAINED not in config.queries.train:
+        check_counts(config, iterations=iterations)
     if PRETRAINED not in config.queries.evaluation + place:
-        _evaluation_tasks(config)  # for what it refuses, before a model is fetched
+        evaluated_tasks(config)  # for what it refuses, before a model is fetched
     if PRETRAINED not in config.model:
         folder = Path(from_writer(lambda: str(_fetched(config.model))))
         refuse_unseen(folder)
@@ -203,7 +205,7 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
     def check(tasks: Iterable[Task], file: str) -> None:
         check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=source_of(Path(file)))
 
-    for evaluated in _evaluation_tasks(config).values():
+    for evaluated in evaluated_tasks(config).values():
         check(evaluated, config.queries.evaluation)
     pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
@@ -225,7 +227,8 @@ def with_pretrained(config: RunConfig, safe_point: SafePoint) -> RunConfig:
     return from_dict(_replaced(to_dict(config), folder))
 
 
-def _evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
+def evaluated_tasks(config: RunConfig) -> dict[str, list[Task]]:
+    """What a run evaluates on, by split; see `stages.evaluate.evaluation_tasks`."""
     return evaluation_tasks(
         queries=Path(config.queries.evaluation),
         count=config.queries.evaluation_count,

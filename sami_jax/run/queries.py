@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sami_jax.config.run import PRETRAINED, RunConfig
-from sami_jax.data.queries import alternating_half, read_queries
+from sami_jax.data.queries import alternating_half
 from sami_jax.data.sources import dropped_text, source_name
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.files import read_json
@@ -31,7 +31,7 @@ def with_queries(config: RunConfig, folder: Path, *, iterations: int, say: Calla
 
     Raises:
       BadConfigError: a setting names nothing that is there.
-      BadDataError: a source cannot be used, or an iteration has fewer queries than its training needs.
+      BadDataError: a source cannot be used.
       FetchFailedError: the Hub cannot be reached.
     """
     queries = config.queries
@@ -47,10 +47,7 @@ def with_queries(config: RunConfig, folder: Path, *, iterations: int, say: Calla
         say(f"queries of {about['source']}: {about['rows']} rows, {dropped_text(about['dropped'])}; {used}")
         if about.get("also_in_train"):
             say(f"warning: {about['also_in_train']} evaluation queries are training queries, too")
-    config = _reading(config, folder, iterations=iterations)
-    with agreed():
-        check_counts(config, iterations=iterations)
-    return config
+    return _reading(config, folder, iterations=iterations)
 
 
 def prepare_stage(config: RunConfig, *, iterations: int) -> Prepare:
@@ -88,22 +85,21 @@ def check_counts(config: RunConfig, *, iterations: int) -> None:
     """
     if not iterations:
         return
-    path = Path(config.queries.train)
-    about = read_json(path.with_name(SOURCES))["train"]
-    if not about["queries"]:
+    about = read_json(Path(config.queries.train).with_name(SOURCES))["train"]
+    count = about["queries"]
+    if not count:
         raise BadDataError(
             f"config.queries.train and config.queries.evaluation are both {about['source']}, which has {about['kept']} "
             f"usable queries: with {about['held_out']} held out for evaluation none is left to train on. Give more, or "
             f"lower config.queries.evaluation_count, now {config.queries.evaluation_count}."
         )
-    queries = read_queries(path)
     for iteration in range(1, iterations + 1):
-        half = alternating_half(queries, iteration)
-        if len(half) < (needed := pairs_needed(config.train, iteration)):
+        half = len(alternating_half(range(count), iteration))
+        if half < (needed := pairs_needed(config.train, iteration)):
             raise BadDataError(
-                f"{source_of(path)}: iteration {iteration} samples from {len(half)} queries, every second one of "
-                f"{len(queries)}, but its {config.train.steps[iteration - 1]} steps need {needed}; give more, or "
-                "lower config.train.steps or config.train.queries_per_step, or raise config.train.passes."
+                f"{about['source']}: iteration {iteration} samples from {half} queries, every second one of {count}, "
+                f"but its {config.train.steps[iteration - 1]} steps need {needed}; give more, or lower "
+                "config.train.steps or config.train.queries_per_step, or raise config.train.passes."
             )
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from sami_jax.config.data import ConstitutionsConfig, FiltersConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.prompts import PromptsConfig
@@ -94,7 +96,7 @@ class Sample(Stage):
         loaded = load_model(self.model.path, self.mesh, self.compute_dtype)
         renderer = Renderer(self.prompts, loaded.tokenizer)
         out.begin()
-        order = generator(self.seed, "sample", self.iteration).permutation(len(queries))
+        order = sampling_order(len(queries), seed=self.seed, iteration=self.iteration)
         kept: list[Pair] = []
         rejects: list[dict[str, Any]] = []
         asked, size = 0, self.sampling.chunk_queries
@@ -132,6 +134,11 @@ class Sample(Stage):
         rng = generator(self.seed, "reshuffle", self.iteration, task.query.example_id)
         constitutions = tuple(c.shuffled(rng) if self.constitutions.reshuffle else c for c in task.constitutions)
         return answered_pair(Task(task.query, constitutions), responses, renderer)
+
+
+def sampling_order(count: int, *, seed: int, iteration: int) -> np.ndarray:
+    """[count] indices: the order in which an iteration samples from its queries."""
+    return generator(seed, "sample", iteration).permutation(count)
 
 
 def sampling_tasks(queries: Iterable[Query], pool: Pool, *, seed: int, iteration: int) -> Iterator[Task]:
