@@ -119,7 +119,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Writes one JSON value a person can read, atomically; `sort_keys=False` where the keys' order means something."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value, sort_keys=sort_keys))
+
+
+def json_text(value: Any, *, sort_keys: bool = True) -> str:
+    """The text of a file with one JSON value a person can read."""
+    return json.dumps(value, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
@@ -155,6 +160,12 @@ def read_json(path: Path) -> Any:
     except UnusableJsonError as error:
         where = path if error.line is None else f"{path}, line {error.line}"
         raise BadDataError(f"{where}: {error.reason}.") from error
+
+
+def is_json_object(path: Path) -> bool:
+    """Whether a file is one JSON object, written over several lines, and not JSON lines."""
+    first = next((line for _, _, line in _lines(path)), "")
+    return first.lstrip().startswith("{") and not first.rstrip().endswith("}")
 
 
 def read_text(path: Path) -> str:

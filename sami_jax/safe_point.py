@@ -20,6 +20,7 @@ def stop_on_signal() -> Iterator[SafePoint]:
     got, and all stop at the same one. Call this after `jax.distributed.initialize`, which has a handler of its own.
     """
     asked: list[str] = []
+    ignored: set[int] = set()
 
     def ask(number: int, _: Any) -> None:
         if asked and number == signal.SIGINT:
@@ -35,7 +36,10 @@ def stop_on_signal() -> Iterator[SafePoint]:
         asked_of = heard(asked[0] if asked else "")
         if asked_of:
             process, name = min(asked_of.items())
-            where = f" at process {process}" if process_count() > 1 else ""
+            where = ""
+            if process_count() > 1:  # the first to end has the others told again, which must not kill them on the way
+                where = f" at process {process}"
+                ignored.add(signal.SIGTERM)
             raise told(StoppedError(f"Stopped by {name}{where}; the same command goes on from here."))
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -43,4 +47,4 @@ def stop_on_signal() -> Iterator[SafePoint]:
         yield safe_point
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number in ignored else handler)

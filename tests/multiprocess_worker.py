@@ -25,7 +25,7 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
-from sami_jax.data.rendering import plain_prompts
+from sami_jax.data.rendering import plain_prompt
 from sami_jax.errors import BadDataError
 from sami_jax.files import write_json
 from sami_jax.huggingface.folder import save_finetuned
@@ -118,7 +118,7 @@ def way_through(
     arrays = {"logits": gather(logits)}
     pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
     arrays["matrices"] = matrices(loaded, loaded.params, pairs, Scoring.of(config.train))
-    responses = respond(loaded, plain_prompts(loaded.tokenizer, PROMPTS), config.sampling, rows=8)
+    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in PROMPTS], config.sampling, rows=8)
 
     state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)

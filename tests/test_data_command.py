@@ -3,10 +3,14 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from sami_jax.cli.main import main
 from sami_jax.config.fields import to_dict
+from sami_jax.config.run import from_dict
+from sami_jax.data.authors import read_constitutions
+from sami_jax.data.pools import read_pools
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.files import read_json
 from test_sources import OWN, post, write
@@ -95,6 +99,33 @@ def test_evaluation_queries_that_are_trained_on_are_warned_of(settings, tmp_path
     settings["queries"]["evaluation"] = f"jsonl:{write(tmp_path / 'b.jsonl', rows[:2])}"
     code, _, err = shown(settings, tmp_path, capsys)
     assert code == 0 and "warning: 2 evaluation queries are training queries, too" in err
+
+
+def test_constitutions_are_written_as_a_folder_of_the_authors(settings, tmp_path, capsys):
+    config, out = tmp_path / "config.json", tmp_path / "constitutions"
+    settings["constitutions"] |= {"pairing": "authors"}
+    config.write_text(json.dumps(settings))
+    assert main(["data", f"--config={config}", "--limit=0", f"--constitutions={out}"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [f"{number}.json" for number in range(6)]
+    pairs = read_constitutions(out)
+    pools = read_pools(tmp_path / "principles.json", from_dict(settings).constitutions)
+    drawn = {pools["learned"].draw(np.random.default_rng(seed)) for seed in range(200)}
+    assert set(pairs) == drawn and all(all(positive.asked.values()) for positive, _ in pairs)
+    settings["constitutions"] = {"folder": str(out)}
+    config.write_text(json.dumps(settings))
+    again = tmp_path / "again"
+    assert main(["data", f"--config={config}", "--limit=0", f"--constitutions={again}"]) == 0
+    assert read_constitutions(again) == pairs
+    assert main(["data", f"--config={config}", "--limit=0", f"--constitutions={out}"]) == 65
+    assert "already holds files" in capsys.readouterr().err
+    assert (
+        main(["data", f"--config={config}", f"--constitutions={tmp_path / 'c'}", "--config.constitutions.count=3"])
+        == 78
+    )
+    settings["constitutions"] = {"principles": str(tmp_path / "principles.json"), "count": 3}
+    config.write_text(json.dumps(settings))
+    assert main(["data", f"--config={config}", f"--constitutions={tmp_path / 'c'}"]) == 78
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("name", "code", "says"), [("tlrd", 78, "did you mean tldr"), ("tldr", 65, "tldr:PATH")])

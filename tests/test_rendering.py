@@ -167,9 +167,10 @@ class TestBase:
         assert cut.text == "The post asks." and list(cut.ids) == emitted and cut.finished
         for nothing in ([2], tokenizer.response_ids("###", prompt=prompt.text)):
             assert cut_response(nothing, tokenizer, stops, stopped=True, prefix=prefix).text == ""
-        assert list(renderer.response_ids(task, 0, prompt, "The post asks.")) == emitted
+        asked = (task.constitutions[0].text, task.query.text)
+        assert list(renderer.response_ids(prompt, "The post asks.", *asked)) == emitted
         with pytest.raises(BadDataError, match="does not begin with its prefix 'The post'"):
-            renderer.response_ids(task, 0, prompt, "A post asks.")
+            renderer.response_ids(prompt, "A post asks.", *asked)
 
     def test_no_prompt_has_more_tokens_than_is_said_of_it(self, folder):
         for changes in (
@@ -201,7 +202,7 @@ class TestChatPrompts:
         assert tokenizer.decode(prompt.ids[-prompt.prefix_ids :]).strip() == "The post"
         whole = tokenizer.chat_ids([*ChatTemplate(tokenizer).spans("1. Be brief.\n2. Be kind.", "My dog.</s>")])
         assert list(prompt.ids[: -prompt.prefix_ids]) == whole
-        ids = renderer.response_ids(task, 0, prompt, "The post asks.")
+        ids = renderer.response_ids(prompt, "The post asks.", task.constitutions[0].text, task.query.text)
         text = tokenizer.chat_ids(
             [*ChatTemplate(tokenizer).spans("1. Be brief.\n2. Be kind.", "My dog.</s>"), Span("The post asks.", False)]
         )

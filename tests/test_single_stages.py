@@ -19,7 +19,7 @@ from sami_jax.config.fields import to_dict
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig, from_dict
 from sami_jax.data.pairs import read_pairs
-from sami_jax.data.rendering import plain_prompts
+from sami_jax.data.rendering import plain_prompt
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.errors import BadConfigError, BadDataError, SaveFailedError, StoppedError
 from sami_jax.huggingface.families import config_to_huggingface
@@ -269,7 +269,7 @@ def copied(model, tmp_path) -> pathlib.Path:
 def test_every_end_token_of_the_folder_ends_a_response(copied, file):
     (copied / "generation_config.json").write_text("{}")
     config = from_dict({"sampling": {"max_new_tokens": 12, "stop": []}})
-    prompts = plain_prompts(load_tokenizer(copied), ["The post asks how to make peace.", "x"])
+    prompts = [plain_prompt(load_tokenizer(copied), text) for text in ["The post asks how to make peace.", "x"]]
     before = respond(load_model(copied, config.mesh, config.compute_dtype), prompts, config.sampling, rows=2)
     end = before[0].ids[3]
     content = json.loads((copied / file).read_text())
@@ -310,7 +310,9 @@ def test_rows_that_the_mesh_does_not_divide_are_filled_up(tmp_path):
     size = write_tokenizer(tmp_path / "tokenizer", "byte_level", bos=True).get_vocab_size()
     config = tiny_config(vocab_size=size, model_type="mixtral", n_experts=4, experts_per_token=2, max_positions=256)
     write_model(tmp_path / "model", config, tmp_path / "tokenizer")
-    prompts = plain_prompts(load_tokenizer(tmp_path / "model"), ["Be brief. Query:", "x", "The post asks"])
+    prompts = [
+        plain_prompt(load_tokenizer(tmp_path / "model"), text) for text in ["Be brief. Query:", "x", "The post asks"]
+    ]
     found = []
     for mesh in ({"fsdp": 2}, {}):
         run = from_dict({"mesh": mesh, "sampling": {"max_new_tokens": 4, "stop": []}})
@@ -368,7 +370,7 @@ def test_a_prompt_beyond_the_vocabulary_is_refused(model):
     write_tokenizer(larger := model.parent / "larger", "byte_level", bos=True, vocab_size=400)
     other = dataclasses.replace(loaded, tokenizer=load_tokenizer(larger))
     text = "The post asks how to make peace. Summaries should be comprehensive."
-    prompts = plain_prompts(other.tokenizer, [text])
+    prompts = [plain_prompt(other.tokenizer, text) for text in [text]]
     with pytest.raises(BadDataError, match="do not belong together"):
         check_prompts(other, prompts, max_new_tokens=4)
 

@@ -345,8 +345,8 @@ def test_no_stage_reads_a_setting_that_its_inputs_lack(config, tmp_path):
     completed(Evaluate.of(config, 0, model=base, baseline=None, **given))
     completed_file(Score.of(config, model=base, pairs=pairs))
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "Post"}\n')
-    completed_file(Generate.of(config, model=base, prompts=file_source(prompts), rows=2))
+    prompts.write_text('{"prompt": "Post"}\n{"constitution": "1. Be brief.", "question": "Post"}\n')
+    completed_file(Generate.of(config, model=base, prompts=file_source(prompts), rows=2, format="jsonl"))
     assert found == NO_INPUTS
 
 

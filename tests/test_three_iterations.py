@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from sami_jax.config.run import RunConfig
 from sami_jax.data.prompts import render
-from sami_jax.data.rendering import plain_prompts
+from sami_jax.data.rendering import plain_prompt
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.huggingface.opened import load_model
@@ -43,7 +43,7 @@ def answers_of(run, iteration: int, records: list[dict]) -> list[list[str]]:
         for text in record["constitutions"]
     ]
     loaded = load_model(model_of(run, iteration), config.mesh, config.compute_dtype)
-    given = plain_prompts(loaded.tokenizer, prompts)
+    given = [plain_prompt(loaded.tokenizer, text) for text in prompts]
     texts = [r.text for r in respond(loaded, given, config.sampling, rows=16)]
     return [texts[i : i + 2] for i in range(0, len(texts), 2)]
 

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from sami_jax.cli.flags import command, load_settings, local_name, whole_number
+from sami_jax.cli.flags import command, load_settings, local_name, local_path, whole_number
 
 
 def add_data(commands: Any) -> None:
@@ -35,6 +35,13 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--config", type=local_name, required=True, help="config file, path.py or path.py:argument")
     parser.add_argument("--limit", type=whole_number, default=3, help="queries that are shown (default 3)")
     parser.add_argument(
+        "--constitutions",
+        type=local_path,
+        metavar="DIR",
+        help="also write every pair of constitutions that a query may get (learned principles), as a folder of the "
+        "authors' format",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print one JSON object, and nothing else, on standard output: splits, dropped, and examples with "
@@ -44,9 +51,14 @@ def add_data(commands: Any) -> None:
 
 def _data(arguments: argparse.Namespace) -> None:
     config = load_settings(arguments)
-    from sami_jax.run.preview import preview
+    from sami_jax.data.authors import write_constitutions
+    from sami_jax.outputs import check_folder
+    from sami_jax.run.preview import every_pair, preview
 
+    out = arguments.constitutions and check_folder(arguments.constitutions)
     found = preview(config, limit=arguments.limit, say=lambda sentence: print(sentence, file=sys.stderr))
+    if out:
+        write_constitutions(out, every_pair(config))
     if arguments.json:
         examples = [
             {"example_id": e.example_id, "constitutions": e.constitutions, "prompts": e.prompts} for e in found.examples

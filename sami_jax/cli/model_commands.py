@@ -14,20 +14,38 @@ def add_generate(commands: Any) -> None:
     parser = command(
         commands,
         "generate",
-        "greedy responses to prompts: JSON lines in, JSON lines out",
+        "greedy responses to prompts: JSON lines in, JSON lines or the authors' format out",
         "sami generate --model=DIR --prompts=prompts.jsonl --out=responses.jsonl --config.sampling.max_new_tokens=100",
         _generate,
         (
             "sampling.max_new_tokens",
             "sampling.stop",
             "sampling.round_prompt_tokens_to",
+            "prompts.style",
+            "prompts.generation",
+            "prompts.training",
+            "prompts.system",
+            "prompts.response_prefix",
             "compute_dtype",
             "mesh.",
             "platform",
         ),
     )
     add_model(parser)
-    parser.add_argument("--prompts", required=True, type=local_path, help='JSON lines, each an object with "prompt"')
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=local_path,
+        help="JSON lines, each an object with prompt, or with constitution and question, which the generation template "
+        "puts together; or responses in the authors' format, whose questions are answered anew",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "authors"),
+        default="jsonl",
+        help="of --out: JSON lines (default), or one object of constitution, question and response, as the authors' "
+        "judge reads it",
+    )
     parser.add_argument(
         "--out",
         required=True,
@@ -43,7 +61,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sami_jax.run.single_stages import generate_file
 
     prompts, out = arguments.prompts, arguments.out
-    lines = generate_file(config, model=arguments.model, prompts=prompts, out=out, rows=arguments.rows)
+    settings = {"rows": arguments.rows, "format": arguments.format}
+    lines = generate_file(config, model=arguments.model, prompts=prompts, out=out, **settings)
     print(f"{len(lines)} responses in {out}", file=sys.stderr)
 
 

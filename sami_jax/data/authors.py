@@ -1,14 +1,14 @@
 """The authors' files: folders of contrasting constitutions, and responses for their judge."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sami_jax.data.constitutions import Constitution, read_statements
 from sami_jax.data.principles import Statement
 from sami_jax.errors import BadDataError
-from sami_jax.files import read_json, write_json
+from sami_jax.files import building, json_text, read_json, write_json
 
 SIGNS = {"pos": True, "neg": False}
 
@@ -64,8 +64,18 @@ def read_constitutions(folder: Path) -> list[tuple[Constitution, Constitution]]:
     return pairs
 
 
-def write_constitutions(folder: Path, pairs: Sequence[tuple[Constitution, Constitution]]) -> None:
-    """Writes pairs as `read_constitutions` reads them."""
+def write_constitutions(folder: Path, pairs: Iterable[tuple[Constitution, Constitution]]) -> None:
+    """Writes a folder of pairs as `read_constitutions` reads them.
+
+    Raises:
+      BadDataError: the folder holds files.
+      SaveFailedError: it cannot be written.
+    """
+    with building(folder) as temporary:
+        _write_pairs(temporary, pairs)
+
+
+def _write_pairs(folder: Path, pairs: Iterable[tuple[Constitution, Constitution]]) -> None:
     for number, pair in enumerate(pairs):
         sides = dict(zip(("positive", "negative"), pair, strict=True))
         identifiers = {
@@ -74,6 +84,50 @@ def write_constitutions(folder: Path, pairs: Sequence[tuple[Constitution, Consti
         }
         texts = {side: constitution.text for side, constitution in sides.items()}
         write_json(folder / f"{number}.json", {**texts, "identifiers": identifiers}, sort_keys=False)
+
+
+class AnsweredQuestion(NamedTuple):
+    """A row of the authors' response files.
+
+    Attributes:
+      constitution: that is asked for.
+      question: the post, or whatever is answered.
+      response: the answer.
+    """
+
+    constitution: str
+    question: str
+    response: str
+
+
+def read_responses(path: Path) -> list[AnsweredQuestion]:
+    """Reads `{"constitution": {"0": ...}, "question": {"0": ...}, "response": {"0": ...}}`, in order of the numbers.
+
+    Raises:
+      BadDataError: the file, the row, and what is wrong with it.
+    """
+    columns = read_json(path)
+    names = AnsweredQuestion._fields
+    if not isinstance(columns, dict) or not all(isinstance(columns.get(name), dict) for name in names):
+        raise BadDataError(f"{path}: expected an object with {', '.join(names)}, each an object of numbered texts.")
+    rows = columns[names[0]].keys()
+    if not rows:
+        raise BadDataError(f"{path} holds no responses.")
+    for name in names:
+        if columns[name].keys() != rows:
+            raise BadDataError(f"{path}: {name} has not the same rows as {names[0]}.")
+        for row, text in columns[name].items():
+            if not re.fullmatch("[0-9]{1,9}", row) or not isinstance(text, str):
+                raise BadDataError(f"{path}: {name} {row!r} must be a number, and its value text.")
+    return [AnsweredQuestion(*(columns[name][row] for name in names)) for row in sorted(rows, key=int)]
+
+
+def responses_text(rows: Sequence[AnsweredQuestion]) -> str:
+    """The text of a file that `read_responses` reads."""
+    columns = {
+        name: {str(number): getattr(row, name) for number, row in enumerate(rows)} for name in AnsweredQuestion._fields
+    }
+    return json_text(columns, sort_keys=False)
 
 
 def _named(path: Path, side: str, texts: Sequence[str], identifiers: Any) -> Constitution:

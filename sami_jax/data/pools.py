@@ -1,6 +1,8 @@
 """Pools: what the constitutions of a query are drawn from, principles or the pairs of a folder."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,19 @@ class Pool:
             self.principles, rng, count=config.count, per_query=config.principles_per_query, pairing=config.pairing
         )
         return tuple(drawn)
+
+    def every_pair(self) -> Iterator[tuple[Constitution, Constitution]]:
+        """All pairs that a query may get, where each gets two constitutions; in the authors' folders they are six."""
+        if self.pairs:
+            yield from self.pairs
+            return
+        signs = list(itertools.product((True, False), repeat=self.config.principles_per_query))
+        firsts = signs if self.config.pairing == "symmetric" else signs[:1]
+        for drawn in itertools.permutations(self.principles, self.config.principles_per_query):
+            for pattern in itertools.product(firsts, signs):
+                if pattern[0] != pattern[1]:
+                    positive, negative = (tuple(map(Principle.statement, drawn, asked)) for asked in pattern)
+                    yield Constitution(positive), Constitution(negative)
 
 
 def read_pools(path: Path, config: ConstitutionsConfig) -> dict[str, Pool]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sami_jax.config.run import RunConfig, check_training
+from sami_jax.data.constitutions import Constitution
 from sami_jax.data.pools import LEARNED, read_pools
 from sami_jax.data.prompts import render
 from sami_jax.data.queries import Query, alternating_half, read_queries
@@ -17,7 +18,7 @@ from sami_jax.data.rendering import Renderer
 from sami_jax.data.sources import REASONS
 from sami_jax.data.tasks import Task
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sami_jax.errors import SamiError
+from sami_jax.errors import BadConfigError, SamiError
 from sami_jax.files import read_json
 from sami_jax.huggingface.hub import fetch_settings
 from sami_jax.run.opening import check_constitutions, evaluated_tasks, with_pretrained
@@ -26,6 +27,7 @@ from sami_jax.safe_point import stop_on_signal
 from sami_jax.stages.prepare import SOURCES
 from sami_jax.stages.sample import sampling_order, sampling_tasks
 
+MOST_PAIRS = 10_000  # files of a folder of constitutions
 MEASURED = 1000  # queries whose tokens are counted: a data set of any size is looked at within seconds
 
 
@@ -99,6 +101,27 @@ def preview(config: RunConfig, *, limit: int, say: Callable[[str], None]) -> Pre
     sources = {split["source"]: split["dropped"] for split in splits.values()}
     dropped = {reason: sum(counts[reason] for counts in sources.values()) for reason in REASONS}
     return Preview(splits, dropped, examples)
+
+
+def every_pair(config: RunConfig) -> list[tuple[Constitution, Constitution]]:
+    """All pairs of constitutions that a training query of the config may get.
+
+    Raises:
+      BadConfigError: queries get more than two, or there are more than MOST_PAIRS.
+      BadDataError: principles or constitutions cannot be used.
+    """
+    if config.constitutions.count != 2:
+        raise BadConfigError("The authors' folders hold pairs of constitutions: set config.constitutions.count=2.")
+    with stop_on_signal() as safe_point:
+        config = with_pretrained(config, safe_point)
+    pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
+    pairs = list(itertools.islice(pool.every_pair(), MOST_PAIRS + 1))
+    if len(pairs) > MOST_PAIRS:
+        raise BadConfigError(
+            f"A query may get more than {MOST_PAIRS} pairs of constitutions, too many for a folder; lower "
+            "config.constitutions.principles_per_query, or set config.constitutions.pairing=authors."
+        )
+    return pairs
 
 
 def _warn(config: RunConfig, about: dict[str, Any], iterations: int, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sami_jax.config.run import RunConfig, check_training, from_dict
 from sami_jax.data.pairs import read_entries
@@ -114,15 +114,18 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
     return out / "summary.json"
 
 
-def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, rows: int) -> list[Any]:
+def generate_file(
+    config: RunConfig, *, model: str, prompts: Path, out: Path, rows: int, format: Literal["jsonl", "authors"] = "jsonl"
+) -> list[Any]:
     """Answers a prompts file. Returns the lines of `out`: the prompts' with response, response_ids and finished.
 
     Args:
       config: the settings.
       model: a folder, or a name on the Hub.
-      prompts: JSON lines, each an object with "prompt".
-      out: JSON lines, a device or a pipe.
+      prompts: see `stages.generate.read_prompts`.
+      out: a file, a device or a pipe.
       rows: prompts sampled together.
+      format: of `out`: JSON lines, or the authors' responses, whose rows are returned then.
 
     Raises:
       BadConfigError: `out`, or its parts, were made from other inputs.
@@ -130,9 +133,9 @@ def generate_file(config: RunConfig, *, model: str, prompts: Path, out: Path, ro
     """
     check_stage_file(out)
     use_platform(config.platform)
-    read_prompts(prompts)  # for what it refuses, before a model is fetched
+    read_prompts(prompts, format=format)  # for what it refuses, before a model is fetched
     source = model_source(fetch_model(model))
-    stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows)
+    stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows, format=format)
     return _completed_lines(stage, out)
 
 

@@ -163,10 +163,12 @@ def answered_pair(task: Task, responses: Sequence[Response], renderer: Renderer)
     the authors do, or where it is not what they were sampled behind, as an answer behind its reasoning.
     """
     prompts = renderer.training(task)
-    response_ids = tuple(
-        renderer.response_ids(task, number, prompt, response.text) if renderer.tokenises_anew else response.ids
-        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    )
+    response_ids = tuple(response.ids for response in responses)
+    if renderer.tokenises_anew:
+        response_ids = tuple(
+            renderer.response_ids(prompt, response.text, constitution.text, task.query.text)
+            for prompt, response, constitution in zip(prompts, responses, task.constitutions, strict=True)
+        )
     return Pair(
         task.query.example_id,
         tuple(prompt.text for prompt in prompts),

@@ -1,15 +1,20 @@
 """The stage that answers prompts of the user's own: the lines of a prompts file, each with its response."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sami_jax.config.mesh import MeshConfig
+from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
-from sami_jax.data.rendering import plain_prompts
+from sami_jax.data.authors import AnsweredQuestion, read_responses, responses_text
+from sami_jax.data.prompts import Prompt
+from sami_jax.data.rendering import Renderer, plain_prompt
+from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.errors import BadDataError, enough_memory
-from sami_jax.files import read_jsonl
+from sami_jax.files import is_json_object, read_jsonl
 from sami_jax.huggingface.opened import open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
@@ -24,7 +29,9 @@ class Generate(FileStage):
 
     Attributes:
       model: folder.
-      prompts: JSON lines, each an object with "prompt".
+      prompts: see `read_prompts`.
+      templates: of the prompts that are given as a constitution and a question.
+      format: of what is written: JSON lines, or the authors' responses.
       sampling: how.
       rows: prompts sampled together, and kept together.
       compute_dtype: of activations and matmuls.
@@ -35,17 +42,23 @@ class Generate(FileStage):
 
     model: Source
     prompts: Source
+    templates: PromptsConfig
+    format: Literal["jsonl", "authors"]
     sampling: SamplingConfig = settings_but("chunk_queries")
     rows: int
     compute_dtype: Dtype
     mesh: MeshConfig
 
     @classmethod
-    def of(cls, config: RunConfig, *, model: Source, prompts: Source, rows: int) -> "Generate":
+    def of(
+        cls, config: RunConfig, *, model: Source, prompts: Source, rows: int, format: Literal["jsonl", "authors"]
+    ) -> "Generate":
         """The stage with a config's settings."""
         return cls(
             model=model,
             prompts=prompts,
+            templates=config.prompts,
+            format=format,
             sampling=config.sampling,
             rows=rows,
             compute_dtype=config.compute_dtype,
@@ -54,9 +67,11 @@ class Generate(FileStage):
 
     def make(self, out: Output, safe_point: SafePoint) -> list[Any]:
         """The prompts' lines with response, response_ids and finished; see `FileStage.make`."""
-        records = read_prompts(self.prompts.path)
+        records = read_prompts(self.prompts.path, format=self.format)
         opened = open_model(self.model.path, self.mesh, self.compute_dtype)
-        prompts = plain_prompts(opened.tokenizer, [record["prompt"] for record in records])
+        prompts = self._prompts(opened.tokenizer, records)
+        prefix = {"response_prefix": self.templates.response_prefix}
+        given = [prefix if prompt.prefix_ids else {} for prompt in prompts]
         check_prompts(opened, prompts, max_new_tokens=self.sampling.max_new_tokens)
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
@@ -70,7 +85,7 @@ class Generate(FileStage):
                 with enough_memory(f"sampling {len(chunk)} responses at once", f"lower --rows, now {self.rows}"):
                     responses = respond(loaded, [prompts[i] for i in chunk], self.sampling, rows=self.rows)
                 return [
-                    {**records[i], "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
+                    {**records[i], **given[i], "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
                     for i, r in zip(chunk, responses, strict=True)
                 ]
 
@@ -79,14 +94,62 @@ class Generate(FileStage):
             safe_point()
         return lines
 
+    def text(self, lines: list[Any]) -> str:
+        """JSON lines, or what the authors' judge reads."""
+        if self.format == "jsonl":
+            return super().text(lines)
+        return responses_text([AnsweredQuestion(*(line[name] for name in AnsweredQuestion._fields)) for line in lines])
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """A prompts file. Raises BadDataError where an entry is no object with a prompt, or where there are none."""
+    def read(self, file: Path) -> list[Any]:
+        """See `FileStage.read`."""
+        return super().read(file) if self.format == "jsonl" else list(read_responses(file))
+
+    def _prompts(self, tokenizer: Tokenizer, records: Sequence[dict[str, Any]]) -> list[Prompt]:
+        """Prompts as they are given, and those of the generation template where constitution and question are."""
+        renderer = Renderer(self.templates, tokenizer)
+        return [
+            plain_prompt(tokenizer, record["prompt"])
+            if "prompt" in record
+            else renderer.prompt(self.templates.generation, record["constitution"], record["question"])
+            for record in records
+        ]
+
+
+_QUESTION = ("constitution", "question")
+
+
+def read_prompts(path: Path, *, format: Literal["jsonl", "authors"]) -> list[dict[str, Any]]:
+    """A prompts file: JSON lines with a prompt, or constitution and question; or one object of the authors' responses.
+
+    Args:
+      path: the file.
+      format: of what is to be written; "authors" needs constitution and question in any case.
+
+    Raises:
+      BadDataError: the entry, and what it lacks; or there are none.
+    """
+    if is_json_object(path):
+        return _questions(path)
     records = read_jsonl(path)
-    for number, record in enumerate(records, start=1):
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not prompt:
-            raise BadDataError(f"{path}, entry {number}: expected an object with a non-empty prompt.")
     if not records:
         raise BadDataError(f"{path} holds no prompts.")
+    columns = records[0] if len(records) == 1 and isinstance(records[0], dict) else {}
+    if all(isinstance(columns.get(name), dict) for name in AnsweredQuestion._fields):
+        return _questions(path)
+    for number, record in enumerate(records, start=1):
+        texts = record if isinstance(record, dict) else {}
+        asked = all(isinstance(texts.get(name), str) and texts[name] for name in _QUESTION)
+        prompt = isinstance(texts.get("prompt"), str) and bool(texts["prompt"])
+        if not (prompt or (asked and "prompt" not in texts)):
+            raise BadDataError(
+                f"{path}, entry {number}: expected an object with a non-empty prompt, or constitution and question."
+            )
+        if format == "authors" and not asked:
+            raise BadDataError(
+                f"{path}, entry {number}: --format=authors needs a non-empty constitution and question with the prompt."
+            )
     return records
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    return [{name: getattr(row, name) for name in _QUESTION} for row in read_responses(path)]

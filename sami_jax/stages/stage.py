@@ -13,7 +13,7 @@ from sami_jax import stage_folder
 from sami_jax.config.fields import to_dict
 from sami_jax.data.authors import constitution_files
 from sami_jax.errors import BadDataError
-from sami_jax.files import building, content_hash, file_hash, jsonl, read_jsonl, write_jsonl
+from sami_jax.files import building, content_hash, file_hash, jsonl, read_jsonl, write_jsonl, write_text
 from sami_jax.huggingface.folder import folder_hash, read_config
 from sami_jax.outputs import is_stream
 from sami_jax.processes import agreed, from_writer, is_writer
@@ -239,6 +239,14 @@ class FileStage(Stage):
     def make(self, out: Output, safe_point: SafePoint) -> list[Any]:
         """The file's lines, of `out.part`s with a safe point behind each; see `Stage.make`."""
 
+    def text(self, lines: list[Any]) -> str:
+        """The file's text: JSON lines, unless the stage has a format of its own."""
+        return jsonl(lines)
+
+    def read(self, file: Path) -> list[Any]:
+        """What `text` was made of, as far as the file keeps it."""
+        return read_jsonl(file)
+
 
 def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint) -> list[Any]:
     """The lines of a file, which is made unless it stands.
@@ -261,7 +269,7 @@ def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint)
     if file is None or is_stream(file):
         lines = stage.make(Output(None, None, _no_log), safe_point)
         if file:
-            write_jsonl(file, lines)
+            write_text(file, stage.text(lines))
         return lines
     inputs, parts = stage.inputs(), parts_folder(file)
     if not file_stands(file, inputs=inputs):
@@ -269,9 +277,10 @@ def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint)
             if not file_stands(file, inputs=inputs):
                 with Output(parts, inputs, _no_log) as out:
                     lines = stage.make(out, safe_point)
-                if file.exists() and file.read_bytes() != jsonl(lines).encode():  # not ours, cut off before its seal
+                text = stage.text(lines)
+                if file.exists() and file.read_bytes() != text.encode():  # not ours, cut off before its seal
                     raise BadDataError(f"{file} came there meanwhile, with other lines; move it away, then run again.")
-                write_jsonl(file, lines)
+                write_text(file, text)
                 seal_file(file, inputs=inputs, counts=len(lines))
             shutil.rmtree(parts)
-    return read_jsonl(file)
+    return stage.read(file)

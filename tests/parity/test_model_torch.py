@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import doubles
 from ladder import rungs
 from sami_jax.config.run import from_dict
-from sami_jax.data.rendering import plain_prompts
+from sami_jax.data.rendering import plain_prompt
 from sami_jax.huggingface.folder import read_config, save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.losses import sami_loss
@@ -161,7 +161,7 @@ def test_greedy_text(family, tmp_path):
     model.save_pretrained(tmp_path)
     config = from_dict({"sampling": {"max_new_tokens": 16, "stop": []}})
     loaded = load_model(tmp_path, config.mesh, config.compute_dtype)
-    responses = respond(loaded, plain_prompts(loaded.tokenizer, prompts), config.sampling, rows=4)
+    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in prompts], config.sampling, rows=4)
     for prompt, response in zip(prompts, responses, strict=True):
         ids = generated(prompt)
         if ids[-1] in (2, end):
