@@ -18,6 +18,7 @@ from sami_jax.huggingface.folder import read_config
 from sami_jax.miniature import world
 from sami_jax.miniature.pretraining import base_shape
 from sami_jax.model.decoder import abstract_params
+from sami_jax.run.opening import check_constitutions
 from sami_jax.sharding import AXES, make_mesh, param_shardings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -262,8 +263,16 @@ class TestFiles:
             load_config(str(tmp_path / "list.json"), {"seed": "1"})
 
 
+EXPERIMENTS = {  # of the paper: queries, principles, pairing
+    "mistral_7b.py:summaries": ("tldr", "concise_comprehensive.json", "authors"),
+    "mistral_7b.py:dialogue_helpful": ("hh_helpful", "helpful_harmless.json", "authors"),
+    "mistral_7b.py:dialogue_harmless": ("hh_harmless", "helpful_harmless.json", "authors"),
+    "mixtral_8x7b.py:summaries": ("tldr", "concise_comprehensive.json", "authors"),
+    "llama3_70b.py:diverse": ("tldr", "diverse.json", "diverse"),
+    "llama3_70b.py:diverse_reasoning": ("tldr", "diverse.json", "diverse"),
+}
 VARIANTS = [str(path) for path in sorted((ROOT / "configs").glob("*.py"))] + [
-    str(ROOT / "configs/miniature.py") + ":smoke"
+    str(ROOT / "configs" / name) for name in ("miniature.py:smoke", *EXPERIMENTS)
 ]
 
 
@@ -304,7 +313,28 @@ class TestConfigsOfTheRepository:
         assert f"sami run --config=configs/{path.name} --workdir=" in text
         assert all(word in text for word in ("hardware", "duration", "expected"))
 
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_the_papers_experiments_have_their_data_and_prompts(self, name):
+        config = load_config(str(ROOT / "configs" / name))
+        queries, principles, pairing = EXPERIMENTS[name]
+        assert config.queries.train == config.queries.evaluation == queries and config.queries.evaluation_count == 250
+        assert pathlib.Path(config.constitutions.principles).name == principles
+        assert config.constitutions.pairing == pairing
+        check_constitutions(config.constitutions)
+        reasons = name.endswith("_reasoning")
+        assert config.prompts.chain_of_thought == reasons and config.sampling.max_new_tokens == (
+            500 if reasons else 350
+        )
+        summaries = queries == "tldr" and not reasons
+        assert config.prompts.response_prefix == ("The post" if summaries else "")
+        assert config.prompts.training.endswith("Summary:" if queries == "tldr" else "Assistant:")
+        assert "[" in config.prompts.generation and "[" not in config.prompts.training  # the format's example
+        assert bool(config.filters.evasive_beginnings) == (queries != "tldr")
+        assert f"sami run --config=configs/{name} " in (ROOT / "docs" / "data.md").read_text()
+
     def test_an_unknown_variant_is_refused(self):
+        with pytest.raises(BadConfigError, match="unknown variant 'summary'; there are summaries, dialogue_helpful"):
+            load_config(str(ROOT / "configs/llama3_70b.py") + ":summary")
         with pytest.raises(BadConfigError, match="unknown variant 'smok'"):
             load_config(str(ROOT / "configs/miniature.py") + ":smok")
 

@@ -16,6 +16,7 @@ from sami_jax.files import read_json
 from test_sources import OWN, post, write
 from tiny_run import tiny_run_config
 
+ROOT = pathlib.Path(__file__).parents[1]
 POSTS = [post(f"t3_{i}", f"Post {i}") for i in range(9)] + [post("t3_0", "Again"), post("t3_x", None)]
 
 
@@ -91,6 +92,20 @@ def test_without_a_tokenizer_no_tokens_are_counted(settings, tmp_path, capsys):
         assert json.loads(out)["splits"]["train"]["query_tokens"] is None
     settings |= {"model": "", "prompts": {"style": "chat"}}
     assert shown(settings, tmp_path, capsys, "--json")[0] == 65
+
+
+def test_an_experiment_of_the_paper_on_a_copy_of_its_data(settings, tmp_path, capsys):
+    source = settings["queries"]["train"]
+    flags = [f"--config.queries.{name}={source}" for name in ("train", "evaluation")] + ["--config.model="]
+    flags += ["--config.queries.evaluation_count=2", "--json", "--limit=1"]
+    for variant in ("mistral_7b.py:summaries", "llama3_70b.py:diverse_reasoning"):
+        assert main(["data", f"--config={ROOT / 'configs' / variant}", *flags]) == 0
+        out, err = capsys.readouterr()
+        [example] = json.loads(out)["examples"]
+        assert "iteration 1 samples from 4 queries" in err and len(example["prompts"]) == 2
+        for prompt, constitution in zip(example["prompts"], example["constitutions"], strict=True):
+            assert f"Constitution:\n{constitution}\n\nPOST: Post " in prompt
+            assert prompt.endswith("\n\nSummary: The post" if "summaries" in variant else "\n\nReasoning:")
 
 
 def test_evaluation_queries_that_are_trained_on_are_warned_of(settings, tmp_path, capsys):

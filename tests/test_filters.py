@@ -14,12 +14,13 @@ class Sampled:
     finished: bool = True
 
 
-FILTERS = FiltersConfig(placeholders=("[", "Response"), sentence_ends=".!?")
+FILTERS = FiltersConfig(placeholders=("[", "Response"), evasive_beginnings=("Sorry",), sentence_ends=".!?")
 GOOD = Sampled("The post is fine.")
 BAD = {
     Sampled(""): "empty",
     Sampled("The [insert] post."): "placeholder",
     Sampled("Response: a post."): "placeholder",
+    Sampled("Sorry, no."): "evasive",
     Sampled("The post is"): "unfinished",
     Sampled("The post is fine.", finished=False): "unfinished",
     Sampled("The post is fine,"): "unfinished",
@@ -56,9 +57,10 @@ def test_two_identical_responses_drop_the_query(first, second):
 def test_the_first_reason_that_holds_is_given():
     everything = [Sampled("["), Sampled("["), Sampled("")]
     seen = [drop_reason(everything[start:], FILTERS) for start in (0, 2)]
-    seen += [drop_reason(everything[:2], FILTERS), drop_reason([Sampled("a"), Sampled("a")], FILTERS)]
+    seen += [drop_reason(everything[:2], FILTERS), drop_reason([Sampled("Sorry"), Sampled("a")], FILTERS)]
+    seen += [drop_reason([Sampled("a"), Sampled("a")], FILTERS)]
     seen += [drop_reason([Sampled("a."), Sampled("a.")], FILTERS)]
-    assert seen == ["empty", "empty", "placeholder", "unfinished", "identical"]
+    assert seen == ["empty", "empty", "placeholder", "evasive", "unfinished", "identical"]
     assert ("no_answer", *dict.fromkeys(seen)) == REASONS
 
 

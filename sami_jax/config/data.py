@@ -81,4 +81,5 @@ class FiltersConfig:
     """Which sampled queries are kept; every drop is counted under its reason."""
 
     placeholders: tuple[str, ...] = setting(("[", "]", "Response"), "texts that mark a malformed response")
+    evasive_beginnings: tuple[str, ...] = setting((), "what a response that evades the question begins with")
     sentence_ends: str = setting(".!?", "characters a finished response may end with")

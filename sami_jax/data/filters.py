@@ -16,7 +16,7 @@ class Sampled(Protocol):
     def finished(self) -> bool: ...
 
 
-REASONS = ("no_answer", "empty", "placeholder", "unfinished", "identical")
+REASONS = ("no_answer", "empty", "placeholder", "evasive", "unfinished", "identical")
 
 
 def cut_reasoning(text: str, marker: str) -> str | None:
@@ -29,8 +29,9 @@ def drop_reason(responses: Sequence[Sampled | None], filters: FiltersConfig) -> 
     """Why a query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
 
     no_answer: the reasoning came to none (`cut_reasoning`); empty: no text; placeholder: a piece of the format's
-    example was copied; unfinished: the sampler ran out of tokens, or the text does not end as a sentence; identical:
-    two responses are the same, so nothing tells them apart. The authors test some on the first response only.
+    example was copied; evasive: it begins as an evasion does; unfinished: the sampler ran out of tokens, or the text
+    does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The authors test
+    some of these on the first response only.
     """
     there = [response for response in responses if response is not None]
     if len(there) < len(responses):
@@ -40,6 +41,8 @@ def drop_reason(responses: Sequence[Sampled | None], filters: FiltersConfig) -> 
         return "empty"
     if any(placeholder in text for text in texts for placeholder in filters.placeholders):
         return "placeholder"
+    if filters.evasive_beginnings and any(text.startswith(tuple(filters.evasive_beginnings)) for text in texts):
+        return "evasive"
     if any(not response.finished or not response.text.endswith(tuple(filters.sentence_ends)) for response in there):
         return "unfinished"
     if len(set(texts)) < len(texts):
