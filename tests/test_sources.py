@@ -143,7 +143,8 @@ class TestColumns:
         assert [query.example_id for query in read(f"tldr:{tmp_path / 'hub'}")[0]] == ["t0", "t1"]
         for name in ("helpful-base/train", "helpful-base/test", "harmless-base/train"):
             write(tmp_path / "hh" / f"{name}.jsonl.gz", [{"chosen": f"\n\nHuman: {name}"}])
-        assert [query.text for query in read(f"hh_helpful:{tmp_path / 'hh'}")[0]] == ["helpful-base/train"]
+        for kind in ("helpful", "harmless"):
+            assert [query.text for query in read(f"hh_{kind}:{tmp_path / 'hh'}")[0]] == [f"{kind}-base/train"]
         write(tmp_path / "parts" / "b.jsonl", DIALOGUES[:1])
         write(tmp_path / "parts" / "a.jsonl", DIALOGUES[5:])
         assert [query.text[:4] for query in read(f"hh_helpful:{tmp_path / 'parts'}")[0]] == ["Line", "How "]
@@ -401,6 +402,14 @@ def test_a_run_reads_its_own_copy_and_calls_no_function_twice(tmp_path, monkeypa
     with (tmp_path / "run/queries/train.jsonl").open("a") as file:
         file.write("\n")
     assert main(words) == 65 and "train.jsonl is missing or has changed its size" in capsys.readouterr().err
+
+
+def test_a_folder_of_ones_own_in_the_run_directory_stays(tmp_path, capsys):
+    path = str(write(tmp_path / "a.jsonl", TestSplit.ROWS))
+    mine = write(tmp_path / "run" / "queries" / "mine.jsonl", TestSplit.ROWS)
+    assert main(run_flags(tmp_path, path, path)) == 65
+    assert "run/queries already holds files; choose another folder" in capsys.readouterr().err
+    assert [file for file in (tmp_path / "run").rglob("*") if file.is_file() and file.name != "LOCK"] == [mine]
 
 
 def test_too_few_queries_are_refused_before_a_model_is_fetched(hub, tmp_path):

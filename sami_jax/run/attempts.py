@@ -12,7 +12,8 @@ from typing import Any
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
 from sami_jax.files import content_hash, file_hash, write_json
 from sami_jax.process_group import explained, told_of_the_end
-from sami_jax.processes import process_count
+from sami_jax.processes import is_writer, process_count
+from sami_jax.stage_folder import DONE
 
 QUERIES = "queries"  # the folder of a run that keeps its queries
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -74,10 +75,16 @@ def forgotten_if_refused(workdir: Path) -> Iterator[None]:
             attempts = workdir / "attempts"
             for path in (*_records(attempts), workdir / "RUN.json", workdir / "config.json"):
                 path.unlink(missing_ok=True)
-            shutil.rmtree(workdir / QUERIES, ignore_errors=True)
+            drop_queries(workdir / QUERIES)
             if attempts.is_dir() and not any(attempts.iterdir()):
                 attempts.rmdir()
         raise
+
+
+def drop_queries(folder: Path) -> None:
+    """Deletes the queries that a run has copied; a folder that is none of a run's stays."""
+    if is_writer() and (folder / DONE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_begun(workdir: Path) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,12 +27,11 @@ from sami_jax.model.decoder import sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
-from sami_jax.run.attempts import QUERIES, time_now
+from sami_jax.run.attempts import QUERIES, drop_queries, time_now
 from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
 from sami_jax.sharding import make_mesh
-from sami_jax.stage_folder import DONE
 from sami_jax.stages.answers import check_tasks
 from sami_jax.stages.evaluate import evaluation_tasks
 from sami_jax.stages.sample import sampling_tasks
@@ -115,13 +113,11 @@ def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
 @contextlib.contextmanager
 def _dropped_if_refused(queries: Path) -> Iterator[None]:
     """Deletes the queries of a run that does not begin, and those that such a run left when it was killed."""
-    if is_writer() and (queries / DONE).exists():
-        shutil.rmtree(queries)
+    drop_queries(queries)
     try:
         yield
     except BaseException:
-        if is_writer():
-            shutil.rmtree(queries, ignore_errors=True)
+        drop_queries(queries)
         raise
 
 
@@ -147,7 +143,7 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
     if PRETRAINED not in place:
         check_constitutions(config.constitutions)
     config = with_queries(config, queries, iterations=iterations, say=say)
-    if PRETRAINED not in config.queries.train:
+    if PRETRAINED not in config.queries.train + config.queries.evaluation:
         check_counts(config, iterations=iterations)
     if PRETRAINED not in config.queries.evaluation + place:
         evaluated_tasks(config)  # for what it refuses, before a model is fetched
