@@ -83,11 +83,11 @@ def preview(config: RunConfig, *, limit: int, say: Callable[[str], None]) -> Pre
         config = with_pretrained(config, safe_point)
     check_constitutions(config.constitutions)
     iterations = config.iterations if config.queries.train else 0
-    tokenizer = _tokenizer(config, say)
     with tempfile.TemporaryDirectory() as scratch:
         config = with_queries(config, Path(scratch) / "queries", iterations=iterations, say=lambda sentence: None)
         about = read_json(Path(config.queries.evaluation).with_name(SOURCES))
         _warn(config, about, iterations, say)
+        tokenizer = _tokenizer(config, say)
         splits, evaluated = {}, evaluated_tasks(config)[LEARNED]
         first: Iterable[Task] = evaluated
         if iterations:
