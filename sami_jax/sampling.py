@@ -137,7 +137,7 @@ def cut_response(
     end = min((text.index(marker, begin) for marker in stops.markers if marker in text[begin:]), default=len(text))
     kept = text[:end].rstrip()
     if kept != text:
-        count = max(_tokens_inside(ids, kept, tokenizer), given)
+        count = _tokens_inside(ids, kept, tokenizer)
         rest = kept[len(tokenizer.spell(ids[:count])) :]
         ids = ids[:count] + (tokenizer.continuation_ids(rest, behind=ids[:count]) or [])
     shown = tokenizer.decode(ids).strip() if tokenizer.decode(ids[given:]).strip() else ""

@@ -452,6 +452,7 @@ def test_evaluate_reads_a_folder_of_constitutions(settings, tmp_path):
     assert result["constitutions"] in [[f"1. Be {n}.\n2. Be kind.", "1. Be long.\n2. Be kind."] for n in ("10", "2")]
 
 
+SHORT = {"example_id": "short", "text": "a b"}
 LONG = {"example_id": "long", "text": "wórd " * 300}
 
 
@@ -467,6 +468,12 @@ LONG = {"example_id": "long", "text": "wórd " * 300}
         (["iterations=2", "train.steps=(1, 2)"], {}, 65, ("iteration 2 samples from 1 queries", "2 steps need 2")),
         ([], {"evaluation.jsonl": LONG}, 65, ("evaluation.jsonl: the generation prompt of query 'long' has ", "256")),
         ([], {"train.jsonl": LONG}, 65, ("train.jsonl: the generation prompt of query 'long' has ", "8 new ones")),
+        (
+            [],
+            {"train.jsonl": "".join(json.dumps(q) + "\n" for q in (SHORT, SHORT | {"example_id": "s2"}, LONG))},
+            65,
+            ("train.jsonl: the generation prompt of query 'long' has ",),
+        ),
         (["prompts.training=" + "word " * 300 + "{constitution}\n\n{query}\n\n"], {}, 65, ("the training prompt of",)),
         (["constitutions.folder=nowhere", "constitutions.principles="], {}, 78, ("'nowhere', which is not a folder",)),
         (["constitutions.principles="], {}, 78, ("config.constitutions.principles is '', which is not a file",)),

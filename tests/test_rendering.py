@@ -165,6 +165,9 @@ class TestBase:
         longer = tokenizer.response_ids("The post asks. ###", prompt=prompt.text)[prompt.prefix_ids :]
         cut = cut_response(longer, tokenizer, stops, stopped=False, prefix=prefix)
         assert cut.text == "The post asks." and list(cut.ids) == emitted and cut.finished
+        again = tokenizer.response_ids("The post asks. The post", prompt=prompt.text)[prompt.prefix_ids :]
+        inside = make_stops(tokenizer, end_ids=frozenset({2}), markers=("The",), vocab_size=tokenizer.vocab_size)
+        assert cut_response(again, tokenizer, inside, stopped=False, prefix=prefix).text == "The post asks."
         for nothing in ([2], tokenizer.response_ids("###", prompt=prompt.text)):
             assert cut_response(nothing, tokenizer, stops, stopped=True, prefix=prefix).text == ""
         asked = (task.constitutions[0].text, task.query.text)

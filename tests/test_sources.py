@@ -295,7 +295,7 @@ print(peak() - before)
     tests = pathlib.Path(__file__).parent
     done = subprocess.run(words, capture_output=True, text=True, cwd=tests, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 200
+    assert float(done.stdout) < 120  # 50 measured; 150 where a row group is read at once
 
 
 TLDR = HubFiles("openai/summarize_from_feedback", "refs/convert/parquet", "comparisons/train/*.parquet")
@@ -339,7 +339,16 @@ def run_flags(tmp_path, train: str, evaluation: str) -> list[str]:
 
 
 def test_a_hub_that_moves_does_not_change_a_resumed_run(hub, tmp_path):
-    words = run_flags(tmp_path, "tldr", "tldr")
+    words, tldr, answer = run_flags(tmp_path, "tldr", "tldr"), hub.repositories[TLDR.repository], hub.answer
+
+    def moving(path: str):
+        """Moves as soon as somebody has heard where it is."""
+        answered = answer(path)
+        if "/revision/refs" in path:
+            tldr[TLDR.revision] = tldr[COMMITS[1]]
+        return answered
+
+    hub.answer = moving
     ((code, sentence, _),) = commands(tmp_path / "cache", hub.url, words)
     assert code == 65 and "kept 0 pairs of 3 queries" in sentence, sentence
     about = read_json(tmp_path / "run/queries/sources.json")
@@ -348,7 +357,7 @@ def test_a_hub_that_moves_does_not_change_a_resumed_run(hub, tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "run/queries").iterdir()}
     lines = [line for name in ("train", "evaluation") for line in read_jsonl(tmp_path / f"run/queries/{name}.jsonl")]
     assert sorted(line["example_id"] for line in lines) == list("abcdefgh")
-    hub.repositories[TLDR.repository][TLDR.revision] = hub.repositories[TLDR.repository][COMMITS[1]]
+    assert tldr[TLDR.revision][0] == COMMITS[1]
     asked = len(hub.asked)
     ((again, same, _),) = commands(tmp_path / "cache", hub.url, words)
     assert (again, same) == (code, sentence)
