@@ -26,6 +26,7 @@ def add_generate(commands: Any) -> None:
             "prompts.training",
             "prompts.system",
             "prompts.response_prefix",
+            "prompts.boundary",
             "compute_dtype",
             "mesh.",
             "platform",

@@ -22,7 +22,7 @@ from sami_jax.errors import BadConfigError, SamiError
 from sami_jax.files import read_json
 from sami_jax.huggingface.hub import fetch_settings
 from sami_jax.run.opening import check_constitutions, evaluated_tasks, with_pretrained
-from sami_jax.run.queries import check_counts, with_queries
+from sami_jax.run.queries import check_counts, warn_of_overlap, with_queries
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.stages.prepare import SOURCES
 from sami_jax.stages.sample import sampling_order, sampling_tasks
@@ -134,8 +134,7 @@ def _warn(config: RunConfig, about: dict[str, Any], iterations: int, say: Callab
         if iterations and not about["train"]["queries"]:
             raise
         say(f"warning: {error}")
-    if overlap := about["evaluation"].get("also_in_train"):
-        say(f"warning: {overlap} evaluation queries are training queries, too")
+    warn_of_overlap(about["evaluation"], say)
 
 
 def _tokenizer(config: RunConfig, say: Callable[[str], None]) -> Tokenizer | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sami_jax.config.run import PRETRAINED, RunConfig
 from sami_jax.data.queries import alternating_half
@@ -45,9 +46,14 @@ def with_queries(config: RunConfig, folder: Path, *, iterations: int, say: Calla
     for split, about in from_writer(lambda: read_json(folder / SOURCES)).items():
         used = f"{about['queries']} for {split}"
         say(f"queries of {about['source']}: {about['rows']} rows, {dropped_text(about['dropped'])}; {used}")
-        if about.get("also_in_train"):
-            say(f"warning: {about['also_in_train']} evaluation queries are training queries, too")
+        warn_of_overlap(about, say)
     return _reading(config, folder, iterations=iterations)
+
+
+def warn_of_overlap(about: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Says of a split in sources.json that a model will be evaluated on what it was trained on, where it will."""
+    if overlap := about.get("also_in_train"):
+        say(f"warning: {overlap} evaluation queries are training queries, too; give others, or the same source twice")
 
 
 def prepare_stage(config: RunConfig, *, iterations: int) -> Prepare:

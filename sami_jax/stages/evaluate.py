@@ -144,10 +144,9 @@ class Evaluate(Stage):
     ) -> list[list[Response]]:
         answers: list[list[Response]] = []
         progress = Progress(f"iteration {self.iteration}: evaluating {split}", len(tasks), unit="queries")
-        size = self.sampling.chunk_queries
+        renderer, size = Renderer(self.prompts, loaded.tokenizer), self.sampling.chunk_queries
         for number, start in enumerate(range(0, len(tasks), size)):
             chunk, part = tasks[start : start + size], f"responses/{split}/{number:05d}.jsonl"
-            renderer = Renderer(self.prompts, loaded.tokenizer)
             for responses in answer(loaded, chunk, renderer, self.sampling, out=out, part=part):
                 found = answers_behind_reasoning(responses, self.prompts)
                 answers.append([response or Response("", (), finished=False) for response in found])
