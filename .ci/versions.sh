@@ -32,9 +32,9 @@ mkdir "$scratch/source"
 cp -r "$root/setup.py" "$root/pyproject.toml" "$root/README.md" "$root/sami_jax" "$scratch/source"
 "$uv" pip install --quiet --python "$scratch/venv/bin/python" --resolution "$resolution" "$scratch/source[train,test]"
 "$uv" pip list --quiet --python "$scratch/venv/bin/python" --format=freeze |
-    grep -E '^(jax|flax|numpy|chex|transformers|tokenizers|safetensors|huggingface.hub)==' | paste -sd ' ' -
+    grep -E '^(jax|flax|numpy|chex|openai|transformers|tokenizers|safetensors|huggingface.hub)==' | paste -sd ' ' -
 cd "$root"
 # Each operation compiled by itself says nothing about versions, and takes most of the time.
 "$scratch/venv/bin/python" -m pytest -p no:cacheprovider -n 2 -m "not slow" -k "not without_jit" \
-    tests/test_losses.py tests/test_tokenizer.py tests/test_huggingface.py
+    tests/test_losses.py tests/test_tokenizer.py tests/test_huggingface.py tests/test_chat_client.py
 echo "versions: $which passed on $("$python" --version)"

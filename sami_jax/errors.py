@@ -12,6 +12,7 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     USAGE = 64
     BAD_DATA = 65  # a data file or a checkpoint is unusable: stop
+    UNAVAILABLE = 69  # a server that answers questions does not: run it again later
     NON_FINITE = 70  # NaN or infinity, no memory, or an internal error: retry once
     IN_USE = 73  # another process holds the run directory: stop
     IO_FAILED = 74  # disk full, save or download failed: retry a few times
@@ -66,6 +67,12 @@ class FetchFailedError(SamiError):
     """A model could not be downloaded now."""
 
     exit_code = ExitCode.IO_FAILED
+
+
+class UnavailableError(SamiError):
+    """A server that answers questions does not answer now."""
+
+    exit_code = ExitCode.UNAVAILABLE
 
 
 class StoppedError(SamiError):

@@ -31,11 +31,11 @@ from sami_jax.files import write_json
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.processes import agreed, check_same, from_writer, is_writer
+from sami_jax.responding import respond
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
-from sami_jax.stages.answers import respond
 from sami_jax.stages.export import convert
 from sami_jax.stages.score import Scoring, matrices
 from sami_jax.stages.stage import Output, Stage, complete

@@ -27,9 +27,9 @@ from sami_jax.huggingface.folder import folder_hash, read_config, save_model
 from sami_jax.huggingface.opened import load_model, open_model
 from sami_jax.model.decoder import abstract_params
 from sami_jax.model.shape import DecoderConfig
+from sami_jax.responding import check_prompts, respond
 from sami_jax.run.loop import run
 from sami_jax.run.single_stages import evaluate_folder, score_file, train_folder
-from sami_jax.stages.answers import check_prompts, respond
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.stage import Source, complete, file_source, model_source
 from sami_jax.stages.train import Train

@@ -14,9 +14,9 @@ from sami_jax.data.rendering import plain_prompt
 from sami_jax.errors import BadConfigError, BadDataError
 from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.huggingface.opened import load_model
+from sami_jax.responding import respond
 from sami_jax.run import loop
 from sami_jax.run.single_stages import export_folder
-from sami_jax.stages.answers import respond
 from tiny_run import LEARNING_RATE, POSTS, tiny_run_config
 
 

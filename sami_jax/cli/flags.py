@@ -13,7 +13,8 @@ from sami_jax.process_group import Place, read_place
 
 AUTO = "auto"  # JAX finds the cluster
 EXIT_CODES = (
-    "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 70 not finite, no memory or internal, "
+    "Exit codes: 0 done, 64 usage, 65 bad data or checkpoint, 69 a server does not answer now (run it again later), "
+    "70 not finite, no memory or internal, "
     "73 run directory in use, 74 could not save or download, 75 stopped safely (run it again), "
     "78 bad or changed config."
 )

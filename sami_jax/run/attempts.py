@@ -1,7 +1,6 @@
 """The record of every start of a run: what was called, with which versions, and how it ended."""
 
 import contextlib
-import datetime
 import importlib.metadata
 import shutil
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sami_jax.clock import time_now
 from sami_jax.errors import BadConfigError, BadDataError, ExitCode, SamiError, exit_code
 from sami_jax.files import content_hash, file_hash, write_json
 from sami_jax.process_group import explained, told_of_the_end
@@ -90,11 +90,6 @@ def drop_queries(folder: Path) -> None:
 def has_begun(workdir: Path) -> bool:
     """Whether a stage of the run was begun."""
     return any(workdir.glob("iter_*"))
-
-
-def time_now() -> str:
-    """The time in UTC, as records have it."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _records(attempts: Path) -> list[Path]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sami_jax.clock import time_now
 from sami_jax.config.run import RunConfig, check_training
 from sami_jax.files import append_jsonl
 from sami_jax.processes import agreed, enter_once, from_writer, is_writer
 from sami_jax.report.page import write_report
 from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
-from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun, time_now
+from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun
 from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
 from sami_jax.run.queries import check_counts, with_queries
 from sami_jax.safe_point import SafePoint, stop_on_signal

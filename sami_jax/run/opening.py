@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sami_jax.clock import time_now
 from sami_jax.config.data import ConstitutionsConfig
 from sami_jax.config.fields import to_dict
 from sami_jax.config.run import PRETRAINED, RunConfig, from_dict
@@ -27,7 +28,7 @@ from sami_jax.model.decoder import sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
-from sami_jax.run.attempts import QUERIES, drop_queries, time_now
+from sami_jax.run.attempts import QUERIES, drop_queries
 from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator

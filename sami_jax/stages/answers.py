@@ -1,4 +1,4 @@
-"""Prompts to responses: checked before a model is loaded, sampled in batches, kept in parts."""
+"""Tasks to responses: checked before a model is loaded, kept in parts, made into pairs."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -7,21 +7,14 @@ from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.filters import cut_reasoning
 from sami_jax.data.pairs import Pair
-from sami_jax.data.prompts import Prompt
 from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
-from sami_jax.sampling import Response, make_stops, sample_responses
-from sami_jax.sharding import batch_sharding, more_devices, shared_rows
+from sami_jax.responding import prompt_problem, respond
+from sami_jax.sampling import Response
+from sami_jax.sharding import more_devices
 from sami_jax.stages.stage import Output
-
-
-def check_prompts(opened: OpenModel, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
-    """Raises BadDataError where a prompt has no tokens, or may not fit with its response."""
-    for number, prompt in enumerate(prompts, start=1):
-        if problem := _prompt_problem(opened, prompt.ids, max_new_tokens):
-            raise BadDataError(f"Prompt {number} ({prompt.text[:60]!r}...) {problem}")
 
 
 def check_tasks(
@@ -46,56 +39,8 @@ def check_tasks(
             continue
         for name, prompts in (("generation", renderer.generation(task)), ("training", renderer.training(task))):
             for prompt in prompts:
-                if problem := _prompt_problem(opened, prompt.ids, new_tokens):
+                if problem := prompt_problem(opened, prompt.ids, new_tokens):
                     raise BadDataError(f"{file}: the {name} prompt of query {task.query.example_id!r} {problem}")
-
-
-def _prompt_problem(opened: OpenModel, ids: Sequence[int], new_tokens: int) -> str:
-    """Returns what is wrong with a prompt, and the remedy; "" where nothing is."""
-    shape = opened.model.config
-    if not ids:
-        return "has no tokens; remove it."
-    if max(ids) >= shape.vocab_size:
-        return (
-            f"has token ids beyond the model's vocabulary of {shape.vocab_size}; the tokenizer and the weights in "
-            f"{opened.folder} do not belong together."
-        )
-    if len(ids) + new_tokens > shape.max_positions:
-        return (
-            f"has {len(ids)} tokens; with {new_tokens} new ones it exceeds the model's {shape.max_positions} "
-            "positions. Shorten it, or lower config.sampling.max_new_tokens."
-        )
-    return ""
-
-
-def respond(loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, *, rows: int) -> list[Response]:
-    """Greedy responses to prompts, in batches of `rows`, or as many more as the mesh can share evenly.
-
-    Raises:
-      BadDataError: as `check_prompts` does.
-    """
-    check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
-    stops = make_stops(
-        loaded.tokenizer,
-        end_ids=loaded.end_ids,
-        markers=config.stop,
-        vocab_size=loaded.model.config.vocab_size,
-    )
-    rows = shared_rows(rows, loaded.mesh)
-    responses = []
-    for start in range(0, len(prompts), rows):
-        responses += sample_responses(
-            loaded.model.decode,
-            loaded.params,
-            prompts[start : start + rows],
-            loaded.tokenizer,
-            stops=stops,
-            max_new_tokens=config.max_new_tokens,
-            rows=rows,
-            round_to=config.round_prompt_tokens_to,
-            sharding=batch_sharding(loaded.mesh),
-        )
-    return responses
 
 
 def answer(

@@ -17,8 +17,8 @@ from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.files import is_json_object, read_jsonl
 from sami_jax.huggingface.opened import open_model
 from sami_jax.progress import Progress
+from sami_jax.responding import check_prompts, respond
 from sami_jax.safe_point import SafePoint
-from sami_jax.stages.answers import check_prompts, respond
 from sami_jax.stages.stage import FileStage, Output, Source, settings_but
 from sami_jax.types import Dtype
 

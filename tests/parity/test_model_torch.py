@@ -23,8 +23,8 @@ from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
+from sami_jax.responding import respond
 from sami_jax.scoring import batch_widths, contrastive_logps, make_batch
-from sami_jax.stages.answers import respond
 from sami_jax.types import Array, Params
 from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
