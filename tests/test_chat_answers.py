@@ -15,7 +15,7 @@ import pytest
 
 from chat_server import KEY, ChatServer, chatting, drops, echoes, fails, says
 from sami_jax.chat.answer_log import open_log, read_log
-from sami_jax.chat.answers import Answers, unavailable
+from sami_jax.chat.answers import Answers, error_of
 from sami_jax.chat.client import Server, Waits
 from sami_jax.chat.costs import Budget, Prices
 from sami_jax.chat.questions import Answer, Failure, Question, Spent
@@ -263,8 +263,8 @@ class TestBudget:
             answers.announce([*QUESTIONS, Question("new")])
         most = (3 + 64) * 2e-6 + 2048 * 1e-5
         assert said == [
-            f"asking big at {url} 1 questions (6 are answered in {log}): at most ${most:.4f} where each is answered at "
-            "once, of a budget of $5.00"
+            f"asking big at {url} 1 question (6 answered before, in {log}): at most ${most:.4f} where no try fails, "
+            "of a budget of $5.00"
         ]
 
 
@@ -316,10 +316,11 @@ class TestEnds:
     def test_a_single_question_without_an_answer_has_the_code_of_its_kind(self):
         with chatting(echoes) as chat:
             server = Server(ChatConfig(base_url=chat.url, chat_model="big"))
-        assert isinstance(unavailable(server, Failure("timed_out", "is silent")), UnavailableError)
-        assert isinstance(unavailable(server, Failure("stopped", "was stopped")), StoppedError)
+        assert isinstance(error_of(server, Failure("timed_out", "is silent")), UnavailableError)
+        assert isinstance(error_of(server, Failure("stopped", "was stopped")), StoppedError)
+        assert isinstance(error_of(server, Failure("refused", "refuses")), BadDataError)
         error = BadConfigError("wrong key")
-        assert unavailable(server, Failure("rejected", "no", ends=error)) is error
+        assert error_of(server, Failure("rejected", "no", ends=error)) is error
 
 
 class TestReplay:

@@ -2,6 +2,7 @@
 
 import datetime
 import email.utils
+import re
 import socket
 import time
 from typing import Any
@@ -136,14 +137,14 @@ FAILURES: dict[str, tuple[Act, str, str, Spent, bool]] = {
     "too long by code": (fails(400, "no", "context_length_exceeded"), "too_long", "too long", Spent(), False),
 }
 
+BRIEF = dict.fromkeys(("silence", "drips"), {"timeout_s": 0.2})
+
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_has_a_name_and_a_reason(name):
     act, kind, says_so, spent, again = FAILURES[name]
-    reply, requests = reply_to(act, timeout_s=0.2)
+    reply, requests = reply_to(act, **BRIEF.get(name, {}))
     assert isinstance(reply, Failure) and reply.kind == kind and reply.ends is None
-    import re
-
     assert re.search(says_so, reply.reason), reply.reason
     tries = TRIES if again else 1
     assert len(requests) == tries
@@ -154,7 +155,7 @@ def test_a_failure_has_a_name_and_a_reason(name):
 @pytest.mark.parametrize("name", [name for name, (*_, again) in FAILURES.items() if again])
 def test_what_may_pass_is_tried_again_and_what_it_cost_is_counted(name):
     act, *_, spent, _ = FAILURES[name]
-    reply, requests = reply_to(in_turn(act, act, says("Hello.")), timeout_s=0.2)
+    reply, requests = reply_to(in_turn(act, act, says("Hello.")), **BRIEF.get(name, {}))
     assert isinstance(reply, Answer) and reply.text == "Hello." and len(requests) == 3
     assert reply.spent == spent + spent + Spent(10, 5)
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from chat_server import chatting, echoes
-from sami_jax.chat.answer_log import open_log, read_log
+from sami_jax.chat.answer_log import read_log
 from sami_jax.chat.local import LocalModel
-from sami_jax.chat.opening import open_answers
+from sami_jax.chat.opening import make_chat, open_answers
 from sami_jax.chat.questions import Answer, Failure, Question
 from sami_jax.config.chat import ChatConfig
 from sami_jax.config.mesh import MeshConfig
@@ -30,11 +30,14 @@ def talking(tmp_path_factory) -> pathlib.Path:
     return write_talking_model(tmp_path_factory.mktemp("talking") / "model", LINES)
 
 
+def chat_of(config: ChatConfig, given: pathlib.Path | None) -> Any:
+    return make_chat(config, given, mesh=MeshConfig(), compute_dtype="float32", say=print)
+
+
 def ask(folder: pathlib.Path | None, log: pathlib.Path, questions: list[Question], **settings: Any) -> list[Any]:
     given: dict[str, Any] = {"model": str(folder)} if folder else {}
     config = ChatConfig(**{"max_tokens": 20} | given | settings)
-    about: dict[str, Any] = {"mesh": MeshConfig(), "compute_dtype": "float32", "say": print}
-    with open_answers(config, folder, log, safe_point=lambda: None, **about) as answers:
+    with open_answers(config, chat_of(config, folder), log, safe_point=lambda: None, say=print) as answers:
         return answers.ask(questions)
 
 
@@ -94,10 +97,9 @@ def test_it_stops_between_batches_and_keeps_what_was_answered(talking, tmp_path)
             raise StoppedError("stop")
 
     config = ChatConfig(model=str(talking), max_tokens=20, concurrency=1)
-    about: dict[str, Any] = {"mesh": MeshConfig(), "compute_dtype": "float32", "say": print}
-    with pytest.raises(StoppedError):
-        with open_answers(config, talking, tmp_path / "log.jsonl", safe_point=stop_at_second, **about) as answers:
-            answers.ask(QUESTIONS)
+    chat, log = chat_of(config, talking), tmp_path / "log.jsonl"
+    with pytest.raises(StoppedError), open_answers(config, chat, log, safe_point=stop_at_second, say=print) as answers:
+        answers.ask(QUESTIONS)
     assert len(read_log(tmp_path / "log.jsonl")) == 1
 
 
@@ -122,11 +124,9 @@ def test_recorded_answers_of_a_server_are_given_by_their_file(tmp_path):
 
 
 def test_the_log_is_written_before_an_answer_is_used(talking, tmp_path):
-    with open_log(tmp_path / "other.jsonl"):
-        pass
     config = ChatConfig(model=str(talking), max_tokens=20)
-    about: dict[str, Any] = {"mesh": MeshConfig(), "compute_dtype": "float32", "say": print}
-    with open_answers(config, talking, tmp_path / "log.jsonl", safe_point=lambda: None, **about) as answers:
+    chat, log = chat_of(config, talking), tmp_path / "log.jsonl"
+    with open_answers(config, chat, log, safe_point=lambda: None, say=print) as answers:
         [answer] = answers.ask(QUESTIONS[:1])
         [record] = read_log(tmp_path / "log.jsonl")  # while it is still open
         assert record.reply == answer

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import textwrap
+from typing import Any
 
 import jax
 import pytest
@@ -358,11 +359,13 @@ class TestHelp:
     def test_every_setting_has_a_name_a_default_and_a_meaning(self):
         described = list(describe_fields(RunConfig))
         names = [name for name, _, _ in described]
-        flat = {
-            f"config.{section}.{name}" if isinstance(value, dict) else f"config.{section}"
-            for section, value in to_dict(RunConfig()).items()
-            for name in (value if isinstance(value, dict) else [section])
-        }
+
+        def leaves(value: Any, name: str) -> set[str]:
+            if not isinstance(value, dict):
+                return {name}
+            return set().union(*(leaves(inside, f"{name}.{key}") for key, inside in value.items()))
+
+        flat = leaves(to_dict(RunConfig()), "config")
         assert set(names) == flat and len(names) == len(set(names))
         assert [name for name, _, help_text in described if len(help_text.split()) < 2] == []
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from chat_server import chatting, says
+from sami_jax.config.chat import WriterConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.errors import BadConfigError, BadDataError, NonFiniteError, SaveFailedError, StoppedError
@@ -30,6 +32,7 @@ from sami_jax.stages.stage import (
     settings_but,
 )
 from sami_jax.stages.train import Train
+from sami_jax.stages.write_principles import WritePrinciples
 from tiny_run import tiny_run_config
 
 
@@ -261,6 +264,17 @@ class TestCompleteFile:
 # finished folder of other settings would be taken for this one's.
 NO_INPUTS = {("train", "train", "checkpoint_every"), ("train", "train", "keep_checkpoints")}
 NO_INPUTS |= {("export", "train", "keep_checkpoints")}
+NO_INPUTS |= {
+    ("write_principles", "writer", name)  # who pays, how much, how fast
+    for name in (
+        "api_key_env",
+        "concurrency",
+        "timeout_s",
+        "max_cost_usd",
+        "usd_per_million_input_tokens",
+        "usd_per_million_output_tokens",
+    )
+}
 
 
 def recording(section: Any, seen: set[str]) -> Any:
@@ -343,6 +357,11 @@ def test_no_stage_reads_a_setting_that_its_inputs_lack(config, tmp_path):
     completed(Export.of(config, 1, base=base, trained=trained))
     given: dict[str, Any] = {"queries": evaluated, "principles": principles, "base": base}
     completed(Evaluate.of(config, 0, model=base, baseline=None, **given))
+    written = "Principle: short\nDefinition: Posts should be short.\nAntithesis: Posts should be long."
+    with chatting(says(written)) as chat:
+        writer = WriterConfig(base_url=chat.url, chat_model="big", about="posts", count=1)
+        constitutions = dataclasses.replace(config.constitutions, principles="", principles_per_query=1, writer=writer)
+        completed(WritePrinciples.of(dataclasses.replace(config, constitutions=constitutions), given=None))
     completed_file(Score.of(config, model=base, pairs=pairs))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Post"}\n{"constitution": "1. Be brief.", "question": "Post"}\n')

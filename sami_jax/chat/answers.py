@@ -17,7 +17,7 @@ from sami_jax.chat.questions import (
     reply_from_json,
     reply_to_json,
 )
-from sami_jax.errors import BadConfigError, SamiError, StoppedError, UnavailableError
+from sami_jax.errors import BadConfigError, BadDataError, SamiError, StoppedError, UnavailableError
 from sami_jax.processes import from_writer, process_count
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
@@ -58,26 +58,24 @@ class Answers:
         """What all questions of the log have cost, by the prices of their time."""
         return self._budget.spent_usd
 
-    def announce(self, questions: Sequence[Question], *, at_most: int | None = None) -> None:
+    def announce(self, questions: Sequence[Question], *, and_more: bool = False) -> None:
         """Says what will be asked, and what it may cost.
 
         Args:
           questions: those that are known.
-          at_most: how many there may be of their kind; left out: those are all.
+          and_more: others follow, which depend on the answers.
         """
         recorded = self._recorded([answer_key(self.chat, question) for question in questions])
         missing = [question for question in questions if answer_key(self.chat, question) not in recorded]
-        count = len(missing) if at_most is None else at_most
-        most_usd = count * max(map(self._prices.most_usd, missing or questions), default=0.0)
-        if at_most is None:
-            most_usd = sum(map(self._prices.most_usd, missing))
-        sentence = f"asking {self.chat.name} {'up to ' if at_most is not None else ''}{count} questions"
+        sentence = f"asking {self.chat.name} {len(missing)} question{'s' * (len(missing) != 1)}{' or more' * and_more}"
         if self._log and recorded:
-            sentence += f" ({len(questions) - len(missing)} are answered in {self._log.path})"
+            sentence += f" ({len(questions) - len(missing)} answered before, in {self._log.path})"
         if self._prices.input_usd or self._prices.output_usd:
+            most_usd = [self._prices.most_usd(question) for question in missing or questions]
+            cost = f"${max(most_usd):.4f} each" if and_more else f"${sum(most_usd) if missing else 0:.4f}"
             budget = f", of a budget of ${self._budget.max_cost_usd:.2f}" if self._budget.max_cost_usd else ""
             spent = f"; ${self._budget.spent_usd:.4f} are spent already" if self._budget.spent_usd else ""
-            sentence += f": at most ${most_usd:.4f} where each is answered at once{budget}{spent}"
+            sentence += f": at most {cost} where no try fails{budget}{spent}"
         self._say(sentence)
 
     def ask(self, questions: Sequence[Question], *, progress: Progress | None = None) -> list[Reply]:
@@ -154,7 +152,7 @@ class Answers:
                 ended.append(reply.ends)
             in_a_row += reply.kind in UNAVAILABLE
             if in_a_row == _MOST_UNAVAILABLE:
-                ended.append(unavailable(self.chat, reply))
+                ended.append(error_of(self.chat, reply))
         if ended:
             raise ended[0]
         return found
@@ -184,11 +182,13 @@ def _from_json(plain: dict[str, Any]) -> dict[str, Reply]:
     return {key: reply_from_json(reply) for key, reply in plain.items()}
 
 
-def unavailable(chat: Chat, failure: Failure) -> SamiError:
-    """The error of a question that is not answered, where the command cannot do without: 69 where later may help."""
+def error_of(chat: Chat, failure: Failure) -> SamiError:
+    """The error of a question that a command cannot do without: 69 where later may help."""
     if failure.ends:
         return failure.ends
     sentence = f"{chat.name} {failure.reason}."
     if failure.kind == "stopped":
         return StoppedError(f"{sentence} The same command goes on from here.")
+    if failure.kind in ("refused", "no_text", "too_long"):
+        return BadDataError(f"{sentence} Ask another model, or ask otherwise.")
     return UnavailableError(f"{sentence} What was answered is kept; run the same command later.")

@@ -66,12 +66,12 @@ class Server:
 
     on_devices = False
 
-    def __init__(self, config: ChatConfig, *, waits: Waits = WAITS, say: Callable[[str], None] = print):
+    def __init__(self, config: ChatConfig, *, waits: Waits | None = None, say: Callable[[str], None] = print):
         """Prepares; nothing is sent yet.
 
         Args:
           config: server, model and settings.
-          waits: between tries.
+          waits: between tries; left out: WAITS.
           say: takes sentences about long waits.
 
         Raises:
@@ -83,7 +83,7 @@ class Server:
             raise BadConfigError(
                 "A chat with a server needs the package openai: pip install 'sami-jax[chat]'."
             ) from error
-        self._openai, self._config, self._waits, self._say = openai, config, waits, say
+        self._openai, self._config, self._waits, self._say = openai, config, waits or WAITS, say
         self._url = config.base_url or OPENAI_URL
         self._key = os.environ.get(config.api_key_env, "").strip()
         if not self._key and not config.base_url:
@@ -91,9 +91,8 @@ class Server:
         if not (self._key.isascii() and self._key.isprintable()):
             raise BadConfigError(f"The environment variable {config.api_key_env} holds no key: that is plain ASCII.")
         # The client's own time-out is between bytes; the whole answer has a deadline in `_body`.
-        self._client = openai.OpenAI(
-            base_url=self._url, api_key=self._key or "none", max_retries=0, timeout=config.timeout_s
-        )
+        client = openai.OpenAI(base_url=self._url, api_key=self._key or "none", max_retries=0, timeout=config.timeout_s)
+        self._create = client.chat.completions.with_streaming_response.create  # which imports what a request needs
         self.name = f"{config.chat_model} at {self._url}"
         self.settings = {
             "model": config.chat_model,
@@ -191,9 +190,7 @@ class Server:
         deadline = time.monotonic() + config.timeout_s
         openai = self._openai
         try:
-            with self._client.chat.completions.with_streaming_response.create(
-                model=config.chat_model, messages=messages, **settings
-            ) as response:
+            with self._create(model=config.chat_model, messages=messages, **settings) as response:
                 text = self._body(response, deadline)
         except openai.APIStatusError as error:
             raise self._refused(error) from None

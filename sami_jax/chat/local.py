@@ -81,8 +81,7 @@ class LocalModel:
             more_devices(self._opened.mesh),
         ):
             sampling = SamplingConfig(max_new_tokens=limit, stop=())
-            rows = self._config.concurrency
-            responses = iter(respond(self._loaded, fitting, sampling, rows=rows) if fitting else ())
+            responses = iter(respond(self._loaded, fitting, sampling, rows=len(fitting)) if fitting else ())
         replies: list[Reply] = []
         for prompt, problem in zip(prompts, problems, strict=True):
             if problem:

@@ -19,6 +19,7 @@ from sami_jax.safe_point import SafePoint
 from sami_jax.types import Dtype
 
 
+@agreed()
 def make_chat(
     config: ChatConfig, given: Path | None, *, mesh: MeshConfig, compute_dtype: Dtype, say: Callable[[str], None]
 ) -> Chat:
@@ -46,31 +47,24 @@ def make_chat(
 
 @contextlib.contextmanager
 def open_answers(
-    config: ChatConfig,
-    given: Path | None,
-    log: Path,
-    *,
-    mesh: MeshConfig,
-    compute_dtype: Dtype,
-    safe_point: SafePoint,
-    say: Callable[[str], None],
+    config: ChatConfig, chat: Chat, log: Path, *, safe_point: SafePoint, say: Callable[[str], None]
 ) -> Iterator[Answers]:
-    """The chat that a config names, with its log, which process 0 has open. Arguments and errors as of `make_chat`.
+    """A chat with the log of its answers, which process 0 has open.
 
     Args:
-      log: file of the answers; made if missing.
+      config: prices and budget.
+      chat: of `make_chat`.
+      log: made if missing.
       safe_point: asked now and then while questions are on their way.
+      say: takes sentences for the person who watches.
+
+    Raises:
+      SamiError: as `answer_log.open_log`.
     """
     with contextlib.ExitStack() as stack:
         with agreed():
-            chat = make_chat(config, given, mesh=mesh, compute_dtype=compute_dtype, say=say)
-        with agreed():
             answers_log = stack.enter_context(open_log(log)) if is_writer() else None
+        prices = Prices.of(config)
         yield Answers(
-            chat,
-            answers_log,
-            prices=Prices.of(config),
-            max_cost_usd=config.max_cost_usd,
-            safe_point=safe_point,
-            say=say,
+            chat, answers_log, prices=prices, max_cost_usd=config.max_cost_usd, safe_point=safe_point, say=say
         )

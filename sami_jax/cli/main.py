@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sami_jax.cli.data_commands import add_data
 from sami_jax.cli.flags import EXIT_CODES, Parser, overrides_of, refuse_unread
 from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
+from sami_jax.cli.principle_commands import add_principles
 from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
 from sami_jax.errors import ExitCode, SamiError, exit_code, is_out_of_memory
 from sami_jax.process_group import explained, leave
@@ -51,6 +52,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for add in (
         add_run,
         add_data,
+        add_principles,
         add_pretrain,
         add_generate,
         add_score,

@@ -73,6 +73,24 @@ class ChatConfig:
         return bool(self.model or self.chat_model)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriterConfig(ChatConfig):
+    """Who writes principles, and about what."""
+
+    about: str = setting("", 'what the principles are for, as in "summaries of forum posts"')
+    count: int = setting(20, "principles that are written", at_least=1)
+    held_out: int = setting(0, "so many of them, the last, are kept from training, for evaluation only", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enabled and not self.about.strip():
+            raise BadConfigError('about is empty; say what the principles are for, as in "summaries of forum posts".')
+        if self.about and not self.enabled:
+            raise BadConfigError("Nobody is named who writes the principles: give model, or base_url and chat_model.")
+        if self.held_out >= self.count:
+            raise BadConfigError(f"held_out is {self.held_out} of a count of {self.count}: none is left to train on.")
+
+
 def _check_url(url: str) -> None:
     """Raises BadConfigError for what is no server's URL, or holds a secret: it is printed and recorded."""
     try:

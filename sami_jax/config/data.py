@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from sami_jax.config.chat import WriterConfig
 from sami_jax.config.fields import setting
 from sami_jax.errors import BadConfigError
 
@@ -33,6 +34,7 @@ class ConstitutionsConfig:
     """How the contrasting constitutions of a query are drawn."""
 
     principles: str = setting("", "JSON file of principles (name, definition, antithesis, held_out)", path=True)
+    writer: WriterConfig = setting(WriterConfig, "")
     folder: str = setting(
         "",
         "instead of principles, a folder of the authors' with pairs of constitutions, 0.json, 1.json, ... (positive, "
@@ -63,12 +65,24 @@ class ConstitutionsConfig:
             raise BadConfigError(
                 f"config.constitutions.principles_per_query is {self.principles_per_query}; it must be at most 16."
             )
+        written = self.writer.count - self.writer.held_out
+        if self.to_be_written and self.principles_per_query > written:
+            raise BadConfigError(
+                f"config.constitutions.writer writes {written} principles to train on, but each constitution has "
+                f"{self.principles_per_query}; raise config.constitutions.writer.count, or lower "
+                "config.constitutions.principles_per_query."
+            )
         if self.count > 2**self.principles_per_query:
             raise BadConfigError(
                 f"config.constitutions.count is {self.count}, but {self.principles_per_query} principles per query "
                 f"have {2**self.principles_per_query} sign patterns; lower it, or raise "
                 "config.constitutions.principles_per_query."
             )
+
+    @property
+    def to_be_written(self) -> bool:
+        """Whether a run has its principles written first; those that are given leave the writer nothing to do."""
+        return self.writer.enabled and not self.place
 
     @property
     def place(self) -> str:

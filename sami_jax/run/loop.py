@@ -13,6 +13,7 @@ from sami_jax.report.page import write_report
 from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
 from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun
 from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
+from sami_jax.run.principles import WRITTEN, with_principles
 from sami_jax.run.queries import check_counts, with_queries
 from sami_jax.safe_point import SafePoint, stop_on_signal
 from sami_jax.sharding import make_mesh, place_of_process, use_platform
@@ -53,7 +54,8 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
             say(place_of_process(make_mesh(config.mesh)))
         say = say if is_writer() else _say_nothing
         config = open_run(config, workdir, say)
-        to_check = needs_pretraining(config) and not from_writer(lambda: has_begun(workdir))
+        begun = from_writer(lambda: has_begun(workdir))
+        to_check = (needs_pretraining(config) or config.constitutions.to_be_written) and not begun
         # Handle signals only from here on: a download has no safe points, and SIGTERM should end it.
         safe_point = stack.enter_context(stop_on_signal())
         enter_once(stack, forgotten_if_refused(workdir))
@@ -61,10 +63,12 @@ def run(config: RunConfig | None, workdir: Path, *, say: Callable[[str], None] =
         config = with_queries(
             with_pretrained(config, safe_point), workdir / QUERIES, iterations=config.iterations, say=say
         )
-        given = read_given(config)
         if to_check:
             with agreed():
                 check_counts(config, iterations=config.iterations)
+        config = with_principles(config, workdir / WRITTEN, begun=begun, safe_point=safe_point, say=say)
+        given = read_given(config)
+        if to_check:
             check_queries(config, iterations=config.iterations)
         return _Run(config, given, workdir, safe_point, say).finish()
 

@@ -29,6 +29,7 @@ from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import QUERIES, drop_queries
+from sami_jax.run.principles import check_writer
 from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
@@ -62,10 +63,12 @@ def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> Ru
     """
     if from_writer(lambda: (workdir / "config.json").exists()):
         return _open_begun(config, workdir, say)
+    if config.constitutions.to_be_written:
+        check_writer(config)
     with _dropped_if_refused(workdir / QUERIES):
         found = with_files(config, workdir / QUERIES, iterations=config.iterations, say=say)
         _check_disk(found, workdir, say)
-        if not needs_pretraining(found):
+        if not needs_pretraining(found) and not found.constitutions.to_be_written:
             check_queries(found, iterations=found.iterations)
     plain = to_dict(config)
     about = {
@@ -140,13 +143,13 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
     judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    place = config.constitutions.place
-    if PRETRAINED not in place:
+    place, to_be_written = config.constitutions.place, config.constitutions.to_be_written
+    if PRETRAINED not in place and not to_be_written:
         check_constitutions(config.constitutions)
     config = with_queries(config, queries, iterations=iterations, say=say)
     if PRETRAINED not in config.queries.train + config.queries.evaluation:
         check_counts(config, iterations=iterations)
-    if PRETRAINED not in config.queries.evaluation + place:
+    if PRETRAINED not in config.queries.evaluation + place and not to_be_written:
         evaluated_tasks(config)  # for what it refuses, before a model is fetched
     if PRETRAINED not in config.model:
         folder = Path(from_writer(lambda: str(_fetched(config.model))))
@@ -164,6 +167,11 @@ def check_constitutions(config: ConstitutionsConfig) -> None:
     """
     if config.folder and not Path(config.folder).is_dir():
         raise BadConfigError(f"config.constitutions.folder is {config.folder!r}, which is not a folder; name one.")
+    if config.to_be_written:
+        raise BadConfigError(
+            "config.constitutions.writer writes principles in a run; here, name those that it has written (of a run: "
+            "WORKDIR/principles/principles.json) by config.constitutions.principles."
+        )
     if not config.folder and not Path(config.principles).is_file():
         raise BadConfigError(
             f"config.constitutions.principles is {config.principles!r}, which is not a file; name one, or a folder by "

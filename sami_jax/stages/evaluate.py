@@ -66,7 +66,7 @@ class Evaluate(Stage):
     evaluation_count: int
     principles: Source
     seed: int
-    constitutions: ConstitutionsConfig = settings_but("principles", "folder")
+    constitutions: ConstitutionsConfig = settings_but("principles", "folder", "writer")
     prompts: PromptsConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig

@@ -57,7 +57,7 @@ class Sample(Stage):
     queries: Source
     principles: Source
     seed: int
-    constitutions: ConstitutionsConfig = settings_but("principles", "folder")
+    constitutions: ConstitutionsConfig = settings_but("principles", "folder", "writer")
     prompts: PromptsConfig
     sampling: SamplingConfig
     filters: FiltersConfig
