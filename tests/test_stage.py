@@ -20,6 +20,7 @@ from sami_jax.stages.export import Export
 from sami_jax.stages.generate import Generate
 from sami_jax.stages.sample import Sample
 from sami_jax.stages.score import Score
+from sami_jax.stages.score_principles import ScorePrinciples
 from sami_jax.stages.stage import (
     FileStage,
     Output,
@@ -363,6 +364,7 @@ def test_no_stage_reads_a_setting_that_its_inputs_lack(config, tmp_path):
         constitutions = dataclasses.replace(config.constitutions, principles="", principles_per_query=1, writer=writer)
         completed(WritePrinciples.of(dataclasses.replace(config, constitutions=constitutions), given=None))
     completed_file(Score.of(config, model=base, pairs=pairs))
+    completed_file(ScorePrinciples.of(config, model=base, principles=principles, queries=evaluated))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Post"}\n{"constitution": "1. Be brief.", "question": "Post"}\n')
     completed_file(Generate.of(config, model=base, prompts=file_source(prompts), rows=2, format="jsonl"))

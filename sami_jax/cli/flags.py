@@ -117,11 +117,12 @@ def overrides_of(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[s
 def refuse_unread(known: argparse.Namespace) -> None:
     """Refuses a setting that the command does not read: it would do nothing, in silence."""
     exist = {name for name, _, _ in describe_fields(RunConfig)}
+    read = known.settings(known) if callable(known.settings) else known.settings  # some depend on what is to be done
     for name in known.config_overrides:
         setting = f"config.{name}"
-        if not known.settings:
+        if not read:
             raise BadConfigError(f"{setting} is no setting of `sami {known.command}`, which has none; remove it.")
-        if setting in exist and not setting.startswith(known.settings):
+        if setting in exist and not setting.startswith(read):
             raise BadConfigError(
                 f"`sami {known.command}` does not read {setting}; remove it (`sami {known.command} --help` lists what "
                 "it reads)."

@@ -5,19 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sami_jax.chat.opening import make_chat
-from sami_jax.chat.principle_writer import Written
 from sami_jax.config.chat import REPLAY, ChatConfig
 from sami_jax.config.run import RunConfig
-from sami_jax.errors import BadConfigError, BadDataError
-from sami_jax.files import read_text, write_text
 from sami_jax.huggingface.hub import fetch_model
-from sami_jax.outputs import check_file, is_stream
 from sami_jax.processes import from_writer
-from sami_jax.safe_point import SafePoint, stop_on_signal
-from sami_jax.sharding import use_platform
-from sami_jax.stage_folder import DONE, PLAN, locked
+from sami_jax.safe_point import SafePoint
 from sami_jax.stages.stage import Source, complete, file_source, model_source
-from sami_jax.stages.write_principles import PRINCIPLES, PROVENANCE, WritePrinciples, read_written
+from sami_jax.stages.write_principles import PRINCIPLES, WritePrinciples
 
 WRITTEN = "principles"  # the folder of a run that keeps them
 
@@ -82,45 +76,3 @@ def with_principles(
         say(f"principles: {folder / PRINCIPLES}")
     written = dataclasses.replace(constitutions, principles=str(folder / PRINCIPLES))
     return dataclasses.replace(config, constitutions=written)
-
-
-def write_principles_file(config: RunConfig, *, out: Path) -> Written:
-    """Has principles written into a file.
-
-    `out` with ".writer" behind its name keeps the answers, from which an interrupted command goes on; a finished one is
-    not done again. Its provenance is written beside it.
-
-    Args:
-      config: the settings; `constitutions.writer` says who writes, and about what.
-      out: JSON, as `data.principles.read_principles` reads it.
-
-    Raises:
-      BadConfigError: `out` was begun with another writer or about something else, or nobody can be asked.
-      BadDataError: `out` is another file, or the writer writes nothing that can be used.
-      SaveFailedError: the disk is full or not writable.
-      UnavailableError: the server does not answer now.
-    """
-    if not config.constitutions.writer.enabled:
-        raise BadConfigError(
-            "Nobody is named who writes the principles: give --model=DIR, or --base_url=... and --chat_model=..., and "
-            "say by --about what they are for."
-        )
-    if is_stream(out):
-        raise BadDataError(f"{out} is no file; name one, beside which the writer's answers are kept.")
-    folder, provenance = out.with_name(f"{out.name}.writer"), out.with_suffix(".provenance.json")
-    check_file(out)
-    check_file(provenance)
-    begun = any((folder / name).exists() for name in (PLAN, DONE))
-    for path in (out, provenance):
-        if path.exists() and not begun:
-            raise BadDataError(f"{path} already exists, and no such command made it; choose another, or delete it.")
-    use_platform(config.platform)
-    given = given_source(config.constitutions.writer)
-    with locked(folder), stop_on_signal() as safe_point:
-        complete(WritePrinciples.of(config, given=given), folder, safe_point=safe_point)
-    for path, name in ((provenance, PROVENANCE), (out, PRINCIPLES)):
-        text = read_text(folder / name)
-        if path.exists() and read_text(path) != text:
-            raise BadDataError(f"{path} was changed after it was made; choose another --out, or delete it.")
-        write_text(path, text)
-    return read_written(folder)

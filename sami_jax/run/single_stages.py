@@ -7,22 +7,26 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from sami_jax.chat.principle_writer import Written
 from sami_jax.config.run import RunConfig, check_training, from_dict
 from sami_jax.data.pairs import read_entries
-from sami_jax.errors import BadDataError
-from sami_jax.files import append_jsonl, read_json
+from sami_jax.data.principles import read_principles
+from sami_jax.errors import BadConfigError, BadDataError
+from sami_jax.files import append_jsonl, read_json, read_text, write_text
 from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
-from sami_jax.outputs import check_folder, is_stream, refuse_file
+from sami_jax.outputs import check_file, check_folder, is_stream, refuse_file
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
+from sami_jax.run.principles import given_source
 from sami_jax.run.queries import with_queries
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.sharding import use_platform
-from sami_jax.stage_folder import DONE, check_stage_file, locked, read_done, refuse_foreign
+from sami_jax.stage_folder import DONE, PLAN, check_stage_file, locked, read_done, refuse_foreign
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.generate import Generate, read_prompts
 from sami_jax.stages.score import Score
+from sami_jax.stages.score_principles import ScorePrinciples
 from sami_jax.stages.stage import (
     FileStage,
     complete,
@@ -32,6 +36,7 @@ from sami_jax.stages.stage import (
     model_source,
 )
 from sami_jax.stages.train import Train, drop_checkpoints
+from sami_jax.stages.write_principles import PRINCIPLES, PROVENANCE, WritePrinciples, read_written
 
 
 def train_folder(config: RunConfig, *, model: str, pairs: Path, out: Path) -> Path:
@@ -159,6 +164,81 @@ def score_file(config: RunConfig, *, model: str, pairs: Path, out: Path | None) 
     read_entries(pairs)  # for what it refuses, before a model is fetched
     stage = Score.of(config, model=model_source(fetch_model(model)), pairs=file_source(pairs))
     return _completed_lines(stage, out)
+
+
+def write_principles_file(config: RunConfig, *, out: Path) -> Written:
+    """Has principles written into a file.
+
+    `out` with ".writer" behind its name keeps the answers, from which an interrupted command goes on; a finished one is
+    not done again. Its provenance is written beside it.
+
+    Args:
+      config: the settings; `constitutions.writer` says who writes, and about what.
+      out: JSON, as `data.principles.read_principles` reads it.
+
+    Raises:
+      BadConfigError: `out` was begun with another writer or about something else, or nobody can be asked.
+      BadDataError: `out` is another file, or the writer writes nothing that can be used.
+      SaveFailedError: the disk is full or not writable.
+      UnavailableError: the server does not answer now.
+    """
+    if not config.constitutions.writer.enabled:
+        raise BadConfigError(
+            "Nobody is named who writes the principles: give --model=DIR, or --base_url=... and --chat_model=..., and "
+            "say by --about what they are for."
+        )
+    if is_stream(out):
+        raise BadDataError(f"{out} is no file; name one, beside which the writer's answers are kept.")
+    folder, provenance = out.with_name(f"{out.name}.writer"), out.with_suffix(".provenance.json")
+    check_file(out)
+    check_file(provenance)
+    begun = any((folder / name).exists() for name in (PLAN, DONE))
+    for path in (out, provenance):
+        if path.exists() and not begun:
+            raise BadDataError(f"{path} already exists, and no such command made it; choose another, or delete it.")
+    use_platform(config.platform)
+    given = given_source(config.constitutions.writer)
+    with locked(folder), stop_on_signal() as safe_point:
+        complete(WritePrinciples.of(config, given=given), folder, safe_point=safe_point)
+    for path, name in ((provenance, PROVENANCE), (out, PRINCIPLES)):
+        text = read_text(folder / name)
+        if path.exists() and read_text(path) != text:
+            raise BadDataError(f"{path} was changed after it was made; choose another --out, or delete it.")
+        write_text(path, text)
+    return read_written(folder)
+
+
+def score_principles_file(config: RunConfig, *, out: Path) -> list[Any]:
+    """Scores principles under a base model. Returns the lines of `out`; see `ScorePrinciples.make`.
+
+    Args:
+      config: the settings; its model, principles and evaluation queries.
+      out: JSON lines, a device or a pipe.
+
+    Raises:
+      BadConfigError: `out`, or its parts, were made from other inputs; or a setting names nothing that is there.
+      BadDataError: model, principles or queries cannot be used, or `out` is another file.
+      NonFiniteError: a log-prob is NaN or infinite.
+    """
+    check_stage_file(out)
+    for name, value in (("model", config.model), ("principles", config.constitutions.principles)):
+        if not value:
+            raise BadConfigError(f"There is nothing to score: give --{name}, or a --config that names it.")
+    use_platform(config.platform)
+    with contextlib.ExitStack() as stack:
+        queries = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "queries"
+        with stop_on_signal() as safe_point:
+            config = with_pretrained(config, safe_point)
+        principles = Path(config.constitutions.principles)
+        read_principles(principles)  # for what it refuses, before a model is fetched
+        config = with_queries(config, queries, iterations=0, say=_say)
+        stage = ScorePrinciples.of(
+            config,
+            model=model_source(fetch_model(config.model)),
+            principles=file_source(principles),
+            queries=file_source(Path(config.queries.evaluation)),
+        )
+        return _completed_lines(stage, out)
 
 
 def _say(sentence: str) -> None:

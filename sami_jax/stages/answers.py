@@ -1,7 +1,7 @@
 """Tasks to responses: checked before a model is loaded, kept in parts, made into pairs."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.sampling import SamplingConfig
@@ -12,6 +12,7 @@ from sami_jax.data.tasks import Task
 from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.responding import prompt_problem, respond
+from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
 from sami_jax.sharding import more_devices
 from sami_jax.stages.stage import Output
@@ -85,6 +86,44 @@ def answer(
         path = out.folder / part
         raise BadDataError(f"{path} holds other queries than the run asks for; delete it to have it sampled anew.")
     return [[Response(r["text"], tuple(r["ids"]), r["finished"]) for r in record["responses"]] for record in records]
+
+
+def answer_all(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    templates: PromptsConfig,
+    config: SamplingConfig,
+    *,
+    out: Output,
+    folder: str,
+    safe_point: SafePoint,
+    answered: Callable[[int], None],
+) -> list[list[Response]]:
+    """The C answers of every task, without their reasoning: none is dropped, and one that comes to no answer is empty.
+
+    Args:
+      loaded: the model.
+      tasks: C constitutions each.
+      templates: of the prompts.
+      config: how to sample.
+      out: the stage's, which keeps them as parts of `folder`.
+      folder: name of it.
+      safe_point: called behind each part.
+      answered: hears how many tasks are done.
+
+    Raises:
+      BadDataError: as `answer`.
+    """
+    answers: list[list[Response]] = []
+    renderer, size = Renderer(templates, loaded.tokenizer), config.chunk_queries
+    for number, start in enumerate(range(0, len(tasks), size)):
+        part = f"{folder}/{number:05d}.jsonl"
+        for responses in answer(loaded, tasks[start : start + size], renderer, config, out=out, part=part):
+            found = answers_behind_reasoning(responses, templates)
+            answers.append([response or Response("", (), finished=False) for response in found])
+        answered(len(answers))
+        safe_point()
+    return answers
 
 
 def answers_behind_reasoning(responses: Sequence[Response], templates: PromptsConfig) -> list[Response | None]:

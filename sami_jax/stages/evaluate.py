@@ -28,7 +28,7 @@ from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
 from sami_jax.seeds import generator
-from sami_jax.stages.answers import answer, answered_pair, answers_behind_reasoning
+from sami_jax.stages.answers import answer_all, answered_pair
 from sami_jax.stages.score import Scoring, matrices
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.types import Dtype, Params
@@ -142,17 +142,11 @@ class Evaluate(Stage):
     def _answers(
         self, loaded: LoadedModel, split: str, tasks: Sequence[Task], out: Output, safe_point: SafePoint
     ) -> list[list[Response]]:
-        answers: list[list[Response]] = []
         progress = Progress(f"iteration {self.iteration}: evaluating {split}", len(tasks), unit="queries")
-        renderer, size = Renderer(self.prompts, loaded.tokenizer), self.sampling.chunk_queries
-        for number, start in enumerate(range(0, len(tasks), size)):
-            chunk, part = tasks[start : start + size], f"responses/{split}/{number:05d}.jsonl"
-            for responses in answer(loaded, chunk, renderer, self.sampling, out=out, part=part):
-                found = answers_behind_reasoning(responses, self.prompts)
-                answers.append([response or Response("", (), finished=False) for response in found])
-            progress.update(len(answers))
-            safe_point()
-        return answers
+        parts: dict[str, Any] = {"out": out, "folder": f"responses/{split}"}
+        return answer_all(
+            loaded, tasks, self.prompts, self.sampling, **parts, safe_point=safe_point, answered=progress.update
+        )
 
     def _scored(
         self,
