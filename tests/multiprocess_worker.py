@@ -19,12 +19,16 @@ import jax
 import numpy as np
 
 import doubles
+from sami_jax.chat.opening import make_chat, open_answers
+from sami_jax.chat.questions import Question, reply_to_json
 from sami_jax.checkpoints import Checkpoints, fingerprint
+from sami_jax.config.chat import WriterConfig
 from sami_jax.config.data import ConstitutionsConfig, QueriesConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.config.training import TrainConfig
+from sami_jax.data.principles import read_principles
 from sami_jax.data.rendering import plain_prompt
 from sami_jax.errors import BadDataError
 from sami_jax.files import write_json
@@ -33,6 +37,7 @@ from sami_jax.huggingface.opened import load_model
 from sami_jax.processes import agreed, check_same, from_writer, is_writer
 from sami_jax.responding import respond
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
+from sami_jax.run.principles import given_source
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
@@ -40,6 +45,7 @@ from sami_jax.stages.export import convert
 from sami_jax.stages.score import Scoring, matrices
 from sami_jax.stages.stage import Output, Stage, complete
 from sami_jax.stages.train import abstract_train_state, fresh_state
+from sami_jax.stages.write_principles import WritePrinciples
 from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
 from sami_jax.types import TrainState
 
@@ -89,6 +95,31 @@ def stages(folder: Path) -> dict[str, Any]:
         done = complete(stage, folder / "stages" / name, safe_point=lambda: None, log=logged.append)
         seen.append([done.source.fingerprint, done.seconds is not None])
     return {"logged": logged, "completed": seen}
+
+
+def chats(folder: Path) -> dict[str, Any]:
+    """What this process sees of principles that a server writes, and a model on all devices; each stage twice."""
+    seen: dict[str, Any] = {"asked": [], "written": {}}
+    writers = {
+        "server": WriterConfig(base_url=(folder / "url").read_text(), chat_model="big", about="posts", count=2),
+        "model": WriterConfig(model=str(folder / "talking"), about="posts", count=2, max_tokens=40),
+    }
+    for name, writer in writers.items():
+        constitutions = ConstitutionsConfig(principles_per_query=1, writer=writer)
+        stage = WritePrinciples.of(
+            RunConfig(mesh=MeshConfig(data=DEVICES), constitutions=constitutions), given=given_source(writer)
+        )
+        for _ in range(2):
+            done = complete(stage, folder / "written" / name, safe_point=lambda: None)
+        seen["written"][name] = [p.definition for p in read_principles(done.source.path / "principles.json")]
+    # What is on its way, and what was answered, comes from the process that asks; a failure does, too.
+    chat = make_chat(writers["server"], None, mesh=MeshConfig(data=DEVICES), compute_dtype="float32", say=print)
+    log = folder / "asked" / "answers.jsonl"
+    with open_answers(writers["server"], chat, log, safe_point=lambda: None, say=print) as answers:
+        for user in ("one", "two", "one", "refuse"):
+            [reply] = answers.ask([Question(user)])
+            seen["asked"].append(reply_to_json(reply))
+    return seen
 
 
 def way_through(
@@ -238,6 +269,7 @@ def main(port: str, process: int, folder: Path) -> None:
         if family == "mistral":
             facts["failures"] = failures(folder, states["restored"], process)
             facts |= stages(folder)
+            facts["chats"] = chats(folder)
             # The untrained weights, of which this process reads its own half.
             model = out / f"model-{process}"
             convert(mesh, model=model, out=out / "converted", dtype="float16", verify=True)

@@ -118,6 +118,21 @@ FAILURES: dict[str, tuple[Act, str, str, Spent, bool]] = {
     "html as json": (sends(HTML), "no_json", "instead of JSON", Spent(), True),
     "empty": (sends(b""), "no_json", "sends '' instead of JSON", Spent(), True),
     "truncated": (sends(completion("Hello.")[:-30]), "truncated", "JSON that ends too early", Spent(0, 0, 1), True),
+    "half a character": (
+        sends(completion("Hello.").replace(b"Hello.", b"\\ud83d")),
+        "malformed",
+        "JSON that cannot be used: .*surrogate",
+        Spent(0, 0, 1),
+        True,
+    ),
+    "no number": (
+        sends(completion("Hello.").replace(b"10", b"NaN")),
+        "malformed",
+        "JSON that cannot be used",
+        Spent(0, 0, 1),
+        True,
+    ),
+    "deep": (sends(b"[" * 100_000), "no_json", "instead of JSON", Spent(), True),
     "no choices": (
         sends(b'{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 0}}'),
         "no_choices",
@@ -227,6 +242,7 @@ REJECTIONS: dict[str, tuple[Act, str]] = {
     "forbidden": (fails(403, "no"), "does not accept the key in OPENAI_API_KEY"),
     "unknown model": (fails(404, "no such model"), "('no such model'): it has no model 'big', or is no OpenAI"),
     "no credit": (fails(429, "quota", "insufficient_quota"), "the account has no credit left"),
+    "payment required": (fails(402, "pay"), "the account has no credit left"),
     "bad settings": (fails(400, "temperature must be 1"), "('temperature must be 1'): it does not take such requests"),
 }
 

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import multiprocess_worker as worker
+from chat_server import ChatHandler, chatting, completion
 from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.huggingface.families import config_to_huggingface
@@ -25,9 +26,16 @@ from sami_jax.huggingface.folder import read_config, save_finetuned, save_model
 from sami_jax.model.decoder import abstract_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import make_mesh, param_shardings
+from talking_model import write_talking_model
 from tiny_models import FAMILIES, random_params, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
+PRINCIPLES_TEXT = """Principle: short
+Definition: Posts should be short.
+Antithesis: Posts should be long.
+Principle: kind
+Definition: Posts should be kind.
+Antithesis: Posts should be rude."""
 LIMIT_S = 400  # two cores to themselves take less than 60
 pytestmark = pytest.mark.slow
 
@@ -115,8 +123,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder)
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.txt").write_text("mine")
-    launch(folder)
+    write_talking_model(folder / "talking", BLOCKS)
+    with chatting(writes_or_echoes) as chat:
+        (folder / "url").write_text(chat.url)
+        launch(folder)
+    (folder / "asked.json").write_text(json.dumps([request["messages"][-1]["content"] for request in chat.requests]))
     return folder
+
+
+BLOCKS = [f"{label}\n" for label in PRINCIPLES_TEXT.split("\n")]
+
+
+def writes_or_echoes(handler: ChatHandler, asked: dict[str, Any]) -> None:
+    user = asked["messages"][-1]["content"]
+    if user == "refuse":
+        handler.send(200, completion(None, refusal="I cannot."))
+    else:
+        handler.send(200, completion(PRINCIPLES_TEXT if user.startswith("Write") else user[::-1]))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +153,18 @@ def one_device(folder: Path) -> Any:
 def seen(folder: Path, family: str, process: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     path = folder / family / f"process-{process}"
     return dict(np.load(f"{path}.npz")), json.loads(path.with_suffix(".json").read_text())
+
+
+def test_a_server_is_asked_by_one_process_and_a_model_by_both(folder):
+    chats, others = (seen(folder, "mistral", process)[1]["chats"] for process in (0, 1))
+    assert chats == others
+    posts = ["Posts should be short.", "Posts should be kind."]
+    assert chats["written"] == {"server": posts, "model": posts}
+    texts = [reply["answer"]["text"] if "answer" in reply else reply["failure"]["kind"] for reply in chats["asked"]]
+    assert texts == ["eno", "owt", "eno", "refused"]
+    asked = json.loads((folder / "asked.json").read_text())
+    assert [user for user in asked if not user.startswith("Write")] == ["one", "two", "refuse"]
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

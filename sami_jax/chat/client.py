@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import email.utils
 import functools
-import json
 import os
 import queue
 import secrets
@@ -17,6 +16,7 @@ from sami_jax.chat.questions import Answer, Failure, FailureKind, Question, Repl
 from sami_jax.clock import time_now
 from sami_jax.config.chat import OPENAI_URL, ChatConfig
 from sami_jax.errors import BadConfigError
+from sami_jax.json_text import UnusableJsonError, parse_json
 
 TRIES = 6
 _LONGEST_BODY = 64 * 2**20  # bytes; an answer has thousands
@@ -222,12 +222,9 @@ class Server:
     def _answer(self, text: str) -> Answer:
         """The answer in a response's text. Raises _Failed with the name of what it is instead."""
         try:
-            found = json.loads(text)
-        except ValueError:
-            begun = text.lstrip().startswith("{")
-            kind: FailureKind = "truncated" if begun else "no_json"
-            what = "sends JSON that ends too early" if begun else f"sends {_quoted(text)} instead of JSON"
-            raise _Failed(Failure(kind, what, _UNKNOWN if begun else Spent()), again=True) from None
+            found = parse_json(text)
+        except UnusableJsonError as error:
+            raise _Failed(_no_json(text, error.reason), again=True) from None
         usage = _dict(_dict(found).get("usage"))
         prompt_tokens, answer_tokens = (_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion"))
         spent = _UNKNOWN if prompt_tokens is None or answer_tokens is None else Spent(prompt_tokens, answer_tokens)
@@ -281,7 +278,7 @@ class Server:
             sentence = f"{where}: it does not accept the key in {variable}. Mend it, or name another by api_key_env."
         elif status in (401, 403):
             sentence = f"{where}: it wants a key. Put it into {variable}, or name another variable by api_key_env."
-        elif status == 429:
+        elif status in (402, 429):
             sentence = f"{where}: the account has no credit left."
         elif status == 404:
             sentence = (
@@ -304,6 +301,15 @@ class Server:
     def _scrubbed(self, text: str) -> str:
         """The text without the key, which a server may echo."""
         return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+
+
+def _no_json(text: str, reason: str) -> Failure:
+    """What a text is that cannot be used as JSON."""
+    if not text.lstrip().startswith("{"):
+        return Failure("no_json", f"sends {_quoted(text)} instead of JSON")
+    if not text.rstrip().endswith("}") or text.count("{") > text.count("}"):
+        return Failure("truncated", "sends JSON that ends too early", _UNKNOWN)
+    return Failure("malformed", f"sends JSON that cannot be used: {reason}", _UNKNOWN)
 
 
 def _retry_after_s(headers: Any) -> float | None:

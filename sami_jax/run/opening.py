@@ -143,7 +143,8 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
     judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
-    place, to_be_written = config.constitutions.place, config.constitutions.to_be_written
+    place = config.constitutions.place
+    to_be_written = bool(iterations) and config.constitutions.to_be_written  # an evaluation writes none
     if PRETRAINED not in place and not to_be_written:
         check_constitutions(config.constitutions)
     config = with_queries(config, queries, iterations=iterations, say=say)
