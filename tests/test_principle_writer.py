@@ -245,6 +245,14 @@ class TestCommand:
         assert "nothing but principles that are there already" in chat.requests[2]["messages"][-1]["content"]
         assert read_json(tmp_path / "p.provenance.json")["dropped"]["same_as_another"] == 3
 
+    def test_a_writer_may_err_often_as_long_as_it_goes_on(self, tmp_path):
+        def answer(number: int, question: str) -> str:
+            return block(made(number)) if number % 3 == 2 else "Sure!"
+
+        with chatting(writes(answer)) as chat:
+            assert write(chat, tmp_path / "p.json", "--count=4") == 0
+        assert len(chat.requests) == 12 and read_json(tmp_path / "p.provenance.json")["malformed"] == 8
+
     def test_no_more_are_taken_than_were_asked_for(self, tmp_path):
         with chatting(says("\n".join(block(made(i)) for i in range(9)))) as chat:
             assert write(chat, tmp_path / "p.json", "--count=2") == 0
@@ -433,8 +441,9 @@ class TestInARun:
                 run(few, tmp_path / "run")
         assert chat.requests == []
         monkeypatch.delenv("OPENAI_API_KEY")
+        keyless = dataclasses.replace(self.config(files, chat_model="big"), model="owner/a-download-of-hours")
         with pytest.raises(BadConfigError, match="holds no key for https://api.openai.com/v1"):
-            run(self.config(files, chat_model="big"), tmp_path / "run")
+            run(keyless, tmp_path / "run")
         with pytest.raises(BadDataError, match="There is no model folder|does not exist"):
             run(self.config(files, model=str(tmp_path / "none")), tmp_path / "run")
         with pytest.raises(BadConfigError, match="writes 1 principles to train on, but each constitution has 2"):
@@ -444,5 +453,8 @@ class TestInARun:
     def test_a_command_that_writes_none_says_which_to_name(self, files, tmp_path, capsys):
         config = self.config(files, chat_model="big")
         (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-        assert main(["data", f"--config={tmp_path / 'config.json'}"]) == 78
+        flags = [f"--config={tmp_path / 'config.json'}"]
+        assert main(["data", *flags]) == 78
+        assert "name those that it has written" in capsys.readouterr().err
+        assert main(["evaluate", *flags, f"--model={files.model}", f"--out={tmp_path / 'out'}"]) == 78
         assert "name those that it has written" in capsys.readouterr().err

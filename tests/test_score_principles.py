@@ -15,16 +15,19 @@ from sami_jax.config.run import RunConfig
 from sami_jax.data.pairs import Pair, write_pairs
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.errors import StoppedError
+from sami_jax.evaluation.win_rates import Estimate
 from sami_jax.files import read_jsonl
-from sami_jax.stages.score_principles import ScorePrinciples, scores_table
+from sami_jax.stages.score_principles import ScorePrinciples, is_readable, scores_table
 from sami_jax.stages.stage import complete_file, file_source, model_source
 from talking_model import write_talking_model
 from tiny_run import tiny_run_config
 
-PRINCIPLES = [
-    {"name": "brief", "definition": "Be brief.", "antithesis": "Do not be brief."},
+PRINCIPLES = [  # the less readable first
     {"name": "kind", "definition": "Say it kindly.", "antithesis": "Say it rudely.", "held_out": True},
+    {"name": "brief", "definition": "Be brief.", "antithesis": "Do not be brief."},
+    {"name": "please", "definition": "Be kind, please.", "antithesis": "Be rude, please."},  # often answered by nothing
 ]
+UNSCORED = {"kind": 0, "brief": 0, "please": 4}
 COUNT = 6
 
 
@@ -68,17 +71,21 @@ def test_each_line_has_the_principle_and_its_score(scored):
     for principle in PRINCIPLES:
         line = lines[principle["name"]]
         assert {name: line[name] for name in principle} == principle
-        assert (line["n_queries"], line["n_unscored"], line["normalize"]) == (COUNT, 0, "mean")
-        assert line["mi_nats"]["n"] == COUNT and line["mi_nats"]["low"] < line["mi_nats"]["mean"] < math.log(2)
+        unscored = UNSCORED[principle["name"]]
+        assert (line["n_queries"], line["n_unscored"], line["normalize"]) == (COUNT, unscored, "mean")
+        assert line["mi_nats"]["n"] == COUNT - unscored and line["mi_nats"]["low"] < line["mi_nats"]["mean"] < math.log(
+            2
+        )
         assert line["readable"] == (line["mi_nats"]["low"] > 0)
-    assert [line["held_out"] for line in sorted(scored, key=lambda line: line["name"])] == [False, True]
+    assert [line["name"] for line in scored if line["held_out"]] == ["kind"]
     means = [line["mi_nats"]["mean"] for line in scored]
-    assert means == sorted(means, reverse=True) and means[0] != means[1]
+    assert means == sorted(means, reverse=True) and [line["name"] for line in scored] == ["brief", "please", "kind"]
 
 
-def test_it_is_what_generate_and_score_give_for_the_same_prompts(config, config_file, scored, tmp_path):
+@pytest.mark.parametrize("name", ["kind", "please"])
+def test_it_is_what_generate_and_score_give_for_the_same_prompts(config, config_file, scored, tmp_path, name):
     """Responses and their matrices by the other commands; the mean and its 1.96 standard errors by hand."""
-    principle = PRINCIPLES[1]
+    [principle] = [principle for principle in PRINCIPLES if principle["name"] == name]
     sides = [f"1. {principle[side]}" for side in ("definition", "antithesis")]
     queries = read_jsonl(pathlib.Path(config.queries.evaluation))[:COUNT]
     asked = [{"constitution": side, "question": query["text"]} for query in queries for side in sides]
@@ -93,19 +100,36 @@ def test_it_is_what_generate_and_score_give_for_the_same_prompts(config, config_
         both = responses[2 * number : 2 * number + 2]
         prompts = [f"{side}\n{query['text']}:" for side in sides]
         prompt_ids = tuple(tuple(tokenizer.prompt_ids(prompt)) for prompt in prompts)
+        if not all(response["response_ids"] for response in both):
+            continue
         texts, ids = tuple(r["response"] for r in both), tuple(tuple(r["response_ids"]) for r in both)
         pairs.append(Pair(query["example_id"], tuple(prompts), texts, prompt_ids, ids))
     write_pairs(tmp_path / "pairs.json", pairs)
     out = tmp_path / "scores.jsonl"
     assert main(["score", *common, f"--pairs={tmp_path / 'pairs.json'}", f"--out={out}"]) == 0
     mi_nats = np.array([line["mi_nats"] for line in read_jsonl(out)])
-    half = 1.96 * mi_nats.std(ddof=1) / math.sqrt(COUNT)
-    [line] = [line for line in scored if line["name"] == principle["name"]]
+    half = 1.96 * mi_nats.std(ddof=1) / math.sqrt(len(mi_nats))
+    [line] = [line for line in scored if line["name"] == name]
     found = [line["mi_nats"][key] for key in ("mean", "low", "high")]
     # Batches of another size round otherwise, in the last bits of float32.
     assert found == pytest.approx([mi_nats.mean(), mi_nats.mean() - half, mi_nats.mean() + half], abs=1e-6)
     differ = [responses[2 * i]["response"] != responses[2 * i + 1]["response"] for i in range(COUNT)]
     assert line["distinct"] == pytest.approx(np.mean(differ)) and 0 < line["distinct"]
+
+
+@pytest.mark.parametrize(
+    ("mi_nats", "readable"),
+    [
+        (Estimate(0.2, 0.1, 0.3, 9), True),
+        (Estimate(0.2, -0.1, 0.5, 9), False),
+        (Estimate(0.2, 0.0, 0.4, 9), False),
+        (Estimate(-0.2, -0.3, -0.1, 9), False),
+        (Estimate(0.2, None, None, 1), False),
+        (None, False),
+    ],
+)
+def test_a_principle_is_readable_where_its_interval_lies_above_0(mi_nats, readable):
+    assert is_readable(mi_nats) == readable
 
 
 def test_a_base_that_pays_no_heed_reads_nothing(config, tmp_path, capsys):
@@ -120,15 +144,18 @@ def test_a_base_that_pays_no_heed_reads_nothing(config, tmp_path, capsys):
         assert line["mi_nats"]["mean"] == pytest.approx(0.0, abs=1e-6) and line["distinct"] == 0.0
         assert not line["readable"]
     printed = capsys.readouterr().err
-    assert "warning: the base cannot tell definition from antithesis of brief, kind: the interval reaches 0" in printed
+    assert (
+        "warning: the base cannot tell definition from antithesis of kind, brief, please: the interval reaches 0"
+        in printed
+    )
     assert "SAMI amplifies a reading, it does not create one" in printed
 
 
 def test_empty_responses_are_counted_and_come_last(config, tmp_path):
     folder = write_talking_model(tmp_path / "model", [" "])
     lines = complete_file(stage_of(config, model=model_source(folder), query_count=3), None, safe_point=lambda: None)
-    assert [(line["mi_nats"], line["readable"], line["n_unscored"]) for line in lines] == [(None, False, 3)] * 2
-    good = {**lines[0], "name": "good", "mi_nats": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}, "readable": True}
+    assert [(line["mi_nats"], line["readable"], line["n_unscored"]) for line in lines] == [(None, False, 3)] * 3
+    good = {**lines[1], "name": "good", "mi_nats": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}, "readable": True}
     one = {**good, "name": "one", "mi_nats": {"mean": 0.5, "low": None, "high": None, "n": 1}, "n_unscored": 2}
     table = scores_table([good, {**one, "readable": False}, {**lines[0], "held_out": True}]).splitlines()
     assert table[1].split() == ["good", "0.5", "[0.4,", "0.6]", "0%", "0"]

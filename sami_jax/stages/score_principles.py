@@ -18,7 +18,7 @@ from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
 from sami_jax.errors import NonFiniteError
 from sami_jax.evaluation.summary import query_mi_nats
-from sami_jax.evaluation.win_rates import mean_with_interval
+from sami_jax.evaluation.win_rates import Estimate, mean_with_interval
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
@@ -137,12 +137,17 @@ class ScorePrinciples(FileStage):
         return {
             **dataclasses.asdict(principle),
             "mi_nats": mi_nats and mi_nats._asdict(),
-            "readable": mi_nats is not None and mi_nats.low is not None and mi_nats.low > 0,
+            "readable": is_readable(mi_nats),
             "distinct": float(np.mean(distinct)),
             "n_queries": len(pairs),
             "n_unscored": known.count(False),
             "normalize": self.scoring.normalize,
         }
+
+
+def is_readable(mi_nats: Estimate | None) -> bool:
+    """Whether the 95 % interval of a principle's mutual information is known, and lies above 0."""
+    return mi_nats is not None and mi_nats.low is not None and mi_nats.low > 0
 
 
 def _tasks(principle: Principle, queries: Sequence[Query]) -> list[Task]:
