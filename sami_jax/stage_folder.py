@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -41,6 +42,19 @@ def begin(folder: Path, *, inputs: Any) -> None:
         raise _other_inputs(folder)
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
+
+
+def withdraw(folder: Path) -> None:
+    """Removes what a stage that began in a folder has written there, and the folder if nothing else is in it."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def seal(folder: Path, *, inputs: Any, counts: Any, outside: str = "", made_of: str = "") -> str:

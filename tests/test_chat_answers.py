@@ -230,7 +230,9 @@ class TestBudget:
         """Each answer costs 5 * 10 + 10 * 2 = 70 millionths; the most of one is about 1300."""
         log = tmp_path / "log.jsonl"
         with chatting(echoes) as chat:
-            with pytest.raises(BadConfigError, match=r"budget of \$0.00 is spent: \$0.0002 so far.*raise max_cost_usd"):
+            with pytest.raises(
+                BadConfigError, match=r"budget of \$0.0015 is spent: \$0.0002 so far.*raise max_cost_usd"
+            ):
                 ask(log, chat.url, max_cost_usd=0.0015, **PRICED)
             answered = len(read_log(log))
             # The first of the six is asked while 0.0015 - 0.0013 is left, the fourth is not.
@@ -264,7 +266,7 @@ class TestBudget:
         most = (3 + 64) * 2e-6 + 2048 * 1e-5
         assert said == [
             f"asking big at {url} 1 question (6 answered before, in {log}): at most ${most:.4f} where no try fails, "
-            "of a budget of $5.00"
+            "of a budget of $5"
         ]
 
 

@@ -110,8 +110,8 @@ FAILURES: dict[str, tuple[Act, str, str, Spent, bool]] = {
         Spent(),
         True,
     ),
-    "silence": (keeps_silent(1.0), "timed_out", "gives no answer within 0.2 s", Spent(0, 0, 1), True),
-    "drips": (drips(1.0), "timed_out", "gives no answer within 0.2 s", Spent(0, 0, 1), True),
+    "silence": (keeps_silent(2.0), "timed_out", "gives no answer within 0.5 s", Spent(0, 0, 1), True),
+    "drips": (drips(2.0), "timed_out", "gives no answer within 0.5 s", Spent(0, 0, 1), True),
     "dropped": (drops, "no_connection", "drops the connection", Spent(0, 0, 1), True),
     "dropped in the body": (drops_in_the_body, "no_connection", "drops the connection", Spent(0, 0, 1), True),
     "html": (sends(HTML, "text/html"), "no_json", "sends '<!DOCTYPE html>.*' instead of JSON", Spent(), True),
@@ -152,7 +152,7 @@ FAILURES: dict[str, tuple[Act, str, str, Spent, bool]] = {
     "too long by code": (fails(400, "no", "context_length_exceeded"), "too_long", "too long", Spent(), False),
 }
 
-BRIEF = dict.fromkeys(("silence", "drips"), {"timeout_s": 0.2})
+BRIEF = dict.fromkeys(("silence", "drips"), {"timeout_s": 0.5})
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -210,7 +210,7 @@ class TestWaits:
     def test_one_that_asks_for_nonsense_is_tried_again_soon(self, wait):
         started = time.monotonic()
         reply, requests = reply_to(in_turn(fails(503, Retry_After=wait), says("Hello.")))
-        assert isinstance(reply, Answer) and len(requests) == 2 and time.monotonic() - started < 2
+        assert isinstance(reply, Answer) and len(requests) == 2 and time.monotonic() - started < 10
 
     def test_long_ones_are_said(self):
         said: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chat_server import KEY, Act, ChatServer, chatting, completion, fails, keeps_silent, says
+from chat_server import KEY, Act, ChatServer, chatting, completion, fails, in_turn, keeps_silent, says
 from sami_jax.chat import client
 from sami_jax.chat.principle_writer import (
     AT_ONCE,
@@ -327,7 +327,7 @@ class TestCommand:
                     "--usd_per_million_output_tokens=1",
                 ],
                 78,
-                "The budget of $0.00 is spent",
+                "The budget of $0.0001 is spent",
             ),
         ],
     )
@@ -339,7 +339,10 @@ class TestCommand:
             assert write(chat, tmp_path / "p.json", *flags) == code
         error = capsys.readouterr().err
         assert says_so in error.splitlines()[-1] and "Traceback" not in error and KEY not in error
-        assert not (tmp_path / "p.json").exists() and not (tmp_path / "p.provenance.json").exists()
+        # What may have cost something is remembered.
+        assert [path.name for path in tmp_path.iterdir()] == (
+            ["p.json.writer"] if "no answer within" in says_so else []
+        )
 
     def test_nobody_to_ask_or_nothing_to_write_about_is_a_sentence(self, tmp_path, capsys):
         assert main(["principles", f"--out={tmp_path / 'p.json'}"]) == 78
@@ -422,6 +425,17 @@ class TestInARun:
             other = self.config(files, base_url=chat.url, chat_model="big", count=5)
             with pytest.raises(BadConfigError, match="principles was made from other inputs"):
                 run(other, tmp_path / "run")
+
+    def test_a_run_whose_writer_could_not_be_asked_can_be_mended_in_the_same_place(self, files, tmp_path):
+        with chatting(in_turn(fails(404, "no such model"), says(block(SHORT) + block(FUNNY)))) as chat:
+            about = {"base_url": chat.url, "count": 2, "held_out": 0}
+            with pytest.raises(BadConfigError, match="it has no model 'wrong'"):
+                run(self.config(files, chat_model="wrong", **about), tmp_path / "run")
+            assert not (tmp_path / "run").exists()
+            config = self.config(files, chat_model="big", **about)
+            given: dict[str, Any] = {"begun": False, "safe_point": lambda: None, "say": print}
+            with_principles(config, tmp_path / "run" / "principles", **given)
+        assert read_principles(tmp_path / "run" / "principles" / "principles.json") == [SHORT, FUNNY]
 
     def test_principles_that_are_given_leave_the_writer_nothing_to_do(self, files, tmp_path):
         config = self.config(files, base_url="http://127.0.0.1:9/v1", chat_model="big")

@@ -46,7 +46,7 @@ class AnswerLog:
         """Takes the file's descriptor, and what it holds."""
         self.path, self._file = path, file
         self._answers: dict[str, Answer] = {}
-        self.spent_usd = 0.0
+        self.spent_usd, self.is_empty = 0.0, True
         for record in records:
             self._keep(record)
 
@@ -66,7 +66,7 @@ class AnswerLog:
         self._keep(record)
 
     def _keep(self, record: Record) -> None:
-        self.spent_usd += record.cost_usd
+        self.spent_usd, self.is_empty = self.spent_usd + record.cost_usd, False
         if isinstance(record.reply, Answer):
             self._answers.setdefault(record.key, record.reply)
 

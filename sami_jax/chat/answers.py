@@ -58,6 +58,11 @@ class Answers:
         """What all questions of the log have cost, by the prices of their time."""
         return self._budget.spent_usd
 
+    @property
+    def log_is_empty(self) -> bool:
+        """Whether this process has a log, and nothing is in it: no answer, and nothing that cost anything."""
+        return self._log is not None and self._log.is_empty
+
     def announce(self, questions: Sequence[Question], *, and_more: bool = False) -> None:
         """Says what will be asked, and what it may cost.
 
@@ -73,7 +78,7 @@ class Answers:
         if self._prices.input_usd or self._prices.output_usd:
             most_usd = [self._prices.most_usd(question) for question in missing or questions]
             cost = f"${max(most_usd):.4f} each" if and_more else f"${sum(most_usd) if missing else 0:.4f}"
-            budget = f", of a budget of ${self._budget.max_cost_usd:.2f}" if self._budget.max_cost_usd else ""
+            budget = f", of a budget of ${self._budget.max_cost_usd:g}" if self._budget.max_cost_usd else ""
             spent = f"; ${self._budget.spent_usd:.4f} are spent already" if self._budget.spent_usd else ""
             sentence += f": at most {cost} where no try fails{budget}{spent}"
         self._say(sentence)
@@ -169,7 +174,7 @@ class Answers:
     def _budget_is_spent(self) -> BadConfigError:
         budget, where = self._budget, f" in {self._log.path}" if self._log else ""
         return BadConfigError(
-            f"The budget of ${budget.max_cost_usd:.2f} is spent: ${budget.spent_usd:.4f} so far, and the next question "
+            f"The budget of ${budget.max_cost_usd:g} is spent: ${budget.spent_usd:.4f} so far, and the next question "
             f"might exceed it. What was answered is kept{where}; raise max_cost_usd to go on."
         )
 

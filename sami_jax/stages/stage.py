@@ -132,6 +132,14 @@ class Output:
             if is_writer() and self._folder is not None:
                 stage_folder.begin(self._folder, inputs=self._inputs)
 
+    def withdraw(self) -> None:
+        """Takes `begin` back on the way out of a failure, where nothing was made that is worth keeping.
+
+        No process waits for another here: only one of them may have failed.
+        """
+        if is_writer() and self._folder is not None:
+            stage_folder.withdraw(self._folder)
+
     def build(self) -> None:
         """Opens a folder beside the stage's, which replaces it when it is sealed: whole, or not at all.
 

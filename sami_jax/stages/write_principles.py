@@ -11,6 +11,7 @@ from sami_jax.config.chat import WriterConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.data.principles import Principle, read_principles
+from sami_jax.errors import SamiError
 from sami_jax.files import read_json, write_json
 from sami_jax.processes import is_writer
 from sami_jax.progress import Progress
@@ -78,9 +79,14 @@ class WritePrinciples(Stage):
         progress = Progress("writing principles", writer.count, unit="principles")
         log = out.folder / self.outside / "answers.jsonl"
         with open_answers(writer, chat, log, safe_point=safe_point, say=_say) as answers:
-            written = write_principles(
-                answers, about=writer.about, count=writer.count, held_out=writer.held_out, written=progress.update
-            )
+            try:
+                written = write_principles(
+                    answers, about=writer.about, count=writer.count, held_out=writer.held_out, written=progress.update
+                )
+            except SamiError:
+                if answers.log_is_empty:  # so that the mended command may ask somebody else in the same place
+                    out.withdraw()
+                raise
         out.write(PRINCIPLES, _write, [_plain(principle) for principle in written.principles])
         out.write(PROVENANCE, write_json, written.provenance)
         return {"principles": len(written.principles)}
