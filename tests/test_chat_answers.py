@@ -257,6 +257,19 @@ class TestBudget:
         [record] = read_log(log)
         assert isinstance(record.reply, Failure) and 0.002 < record.cost_usd <= 0.003
 
+    def test_a_try_that_only_the_others_leave_no_room_for_ends_that_question_alone(self, tmp_path):
+        def act(handler: Any, asked: dict[str, Any]) -> None:
+            if asked["messages"][-1]["content"] == "question 00":
+                drops(handler, asked)
+            else:
+                time.sleep(0.5)
+                echoes(handler, asked)
+
+        with chatting(act) as chat, open_log(tmp_path / "log.jsonl") as log:
+            dropped, answered = asker(chat.url, log, max_cost_usd=0.003, **PRICED).ask(QUESTIONS[:2])
+        assert isinstance(dropped, Failure) and "the budget has no room for another try" in dropped.reason
+        assert isinstance(answered, Answer) and len(chat.requests) == 2
+
     def test_what_is_asked_and_what_it_may_cost_is_said_before(self, recorded):
         log, url = recorded
         said: list[str] = []

@@ -233,7 +233,7 @@ def test_a_try_that_cannot_be_paid_is_not_made():
         asked: list[int] = []
         [reply] = replies(make_server(chat.url), [Question("Hi")], may_try_again=lambda n: bool(asked.append(n)))
     assert isinstance(reply, Failure) and reply.spent == Spent(unknown_tries=1) and len(chat.requests) == 1
-    assert asked == [0] and reply.reason.endswith("the budget has nothing left for another try")
+    assert asked == [0] and reply.reason.endswith("the budget has no room for another try")
 
 
 # name -> (what the server does, what the sentence says)

@@ -131,8 +131,9 @@ class Answers:
             return taken - 1, questions[taken - 1]
 
         def may_try_again(number: int) -> bool:
-            allowed = self._budget.reserve(number, self._prices.most_usd(questions[number]))
-            if not allowed:
+            most_usd = self._prices.most_usd(questions[number])
+            allowed = self._budget.reserve(number, most_usd)
+            if not allowed and not self._budget.allows_again(number, most_usd):
                 ended.append(self._budget_is_spent())
             return allowed
 

@@ -161,7 +161,7 @@ class Server:
             elif again and number == TRIES:
                 again, reason = False, f"{reason}, {TRIES} times"
             elif again and failure.spent != Spent() and not may_try_again():
-                again, reason = False, f"{reason}, and the budget has nothing left for another try"
+                again, reason = False, f"{reason}, and the budget has no room for another try"
             if not again or wait_s is None:
                 return dataclasses.replace(failure, reason=reason, spent=spent)
             if wait_s > 5:

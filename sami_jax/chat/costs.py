@@ -68,6 +68,11 @@ class Budget:
             self._reserved_usd[number] = self._reserved_usd.get(number, 0.0) + most_usd
             return True
 
+    def allows_again(self, number: int, most_usd: float) -> bool:
+        """Whether another try of question `number`, of this cost at most, could be paid if nothing else were asked."""
+        with self._lock:
+            return self.allows(self._reserved_usd.get(number, 0.0) + most_usd)
+
     def settle(self, number: int, spent_usd: float) -> None:
         """The tries of question `number` have come to cost so much."""
         with self._lock:
