@@ -105,7 +105,9 @@ def test_it_stops_between_batches_and_keeps_what_was_answered(talking, tmp_path)
 
 def test_a_base_model_without_a_chat_template_is_refused(tmp_path):
     folder = write_talking_model(tmp_path / "model", LINES, template="")
-    with pytest.raises(BadDataError, match="cannot chat: .* is instruction-tuned, and has a chat template"):
+    with pytest.raises(
+        BadDataError, match="cannot chat: the tokenizer's chat template cannot be used. Take an instruction-tuned"
+    ):
         LocalModel(folder, ChatConfig(model=str(folder)), mesh=MeshConfig(), compute_dtype="float32")
 
 

@@ -187,7 +187,7 @@ class TestCommand:
         assert provenance == {
             "about": "summaries of posts",
             "writer": f"big at {chat.url}",
-            "model": ["served"],
+            "model": "served",
             "settings": {"model": "big", "base_url": chat.url, "max_tokens": 2048, "temperature": 0.0},
             "answers": 2,
             "malformed": 0,
@@ -292,12 +292,12 @@ class TestCommand:
         assert write(None, tmp_path / "p.json", f"--model={folder}", "--count=2", "--max_tokens=60") == 0
         assert read_principles(tmp_path / "p.json") == [SHORT, FUNNY]
         first = read_json(tmp_path / "p.provenance.json")
-        assert first["model"] == ["model"] and first["output_tokens"] > 0
+        assert first["model"] == "model" and first["output_tokens"] > 0
         log = tmp_path / "p.json.writer" / "answers" / "answers.jsonl"
         assert write(None, tmp_path / "again.json", f"--model=replay:{log}", "--count=2") == 0
         assert read_principles(tmp_path / "again.json") == [SHORT, FUNNY]
         again = read_json(tmp_path / "again.provenance.json")
-        assert again["date"] == first["date"] and again["model"] == ["model"]
+        assert again["date"] == first["date"] and again["model"] == "model"
         assert write(None, tmp_path / "more.json", f"--model=replay:{log}", "--count=3") == 65  # asked otherwise
 
     @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ class LocalModel:
         try:
             self._template.spans("", "a")
         except BadDataError as error:
+            reason = str(error).partition(" (")[0]
             raise BadDataError(
-                f"{folder} cannot chat: {error} A model that answers questions is instruction-tuned, and has a chat "
-                "template; take one, or a server."
+                f"{folder} cannot chat: {reason}. Take an instruction-tuned model with a chat template, or a server."
             ) from error
         self.settings = {
             "model": folder_hash(folder),

@@ -195,7 +195,7 @@ def write_principles(
     provenance = {
         "about": about,
         "writer": answers.chat.name,
-        "model": sorted({answer.model for answer in used}),
+        "model": ", ".join(sorted({answer.model for answer in used})),
         "settings": answers.chat.settings,
         "prompt_sha256": prompt_hash(),
         "date": max(answer.time for answer in used),

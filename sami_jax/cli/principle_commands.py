@@ -114,7 +114,7 @@ def _write(arguments: argparse.Namespace) -> None:
     dropped = "".join(f", {count} {reason.replace('_', ' ')}" for reason, count in about["dropped"].items() if count)
     cost = f", ${about['cost_usd']:.4f}" if about["cost_usd"] else ""
     print(
-        f"{len(written.principles)} principles by {', '.join(about['model'])} in {arguments.out} ({about['answers']} "
+        f"{len(written.principles)} principles by {about['model']} in {arguments.out} ({about['answers']} "
         f"answers, {about['malformed']} malformed{dropped}{cost})",
         file=sys.stderr,
     )
