@@ -401,6 +401,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model": "m", "temperature": 0.5}, "a model on these devices is greedy"),
     ({"chat_model": "big", "temperature": -0.5}, "at least 0, or -1"),
     ({"chat_model": "big", "api_key_env": ""}, "name the environment variable"),
+    ({"chat_model": "big", "api_key_env": "sk-secret"}, "api_key_env is no name"),  # the key itself
 ]
 
 

@@ -101,8 +101,8 @@ def _override(arguments: argparse.Namespace, flags: dict[str, Any]) -> None:
 
 
 def _write(arguments: argparse.Namespace) -> None:
-    _override(arguments, {f"{_WRITER}{name}": getattr(arguments, name) for name in (f.name for f in _FIELDS)})
-    _override(arguments, {f"{_WRITER}model": arguments.model})
+    names = ["model", *(field.name for field in _FIELDS)]
+    _override(arguments, {f"{_WRITER}{name}": getattr(arguments, name) for name in names})
     config = load_settings(arguments)
     from sami_jax.run.single_stages import write_principles_file
 

@@ -1,6 +1,7 @@
 """The settings of a chat: who is asked for short texts, in which way, and what it may cost."""
 
 import dataclasses
+import re
 import urllib.parse
 
 from sami_jax.config.fields import setting
@@ -58,8 +59,8 @@ class ChatConfig:
             )
         if self.base_url:
             _check_url(self.base_url)
-        if self.chat_model and not self.api_key_env:
-            raise BadConfigError("api_key_env is empty; name the environment variable that holds the server's key.")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):  # which may be the key itself: it is not shown
+            raise BadConfigError("api_key_env is no name; name the environment variable that holds the server's key.")
         prices = self.usd_per_million_input_tokens, self.usd_per_million_output_tokens
         if self.max_cost_usd and self.chat_model and not all(prices):
             raise BadConfigError(
