@@ -373,11 +373,12 @@ class TestCommand:
         assert "is no file; name one, beside which the writer's answers are kept" in capsys.readouterr().err
 
 
-class TestInARun:
-    @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory) -> RunConfig:
-        return tiny_run_config(tmp_path_factory.mktemp("files"))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> RunConfig:
+    return tiny_run_config(tmp_path_factory.mktemp("files"))
 
+
+class TestInARun:
     def config(self, files: RunConfig, **writer: Any) -> RunConfig:
         plain = to_dict(files)
         plain["iterations"] = 1
