@@ -131,8 +131,7 @@ def new_principles(found: Sequence[Principle], there: Sequence[Principle], dropp
 
 def _example_lines() -> list[str]:
     beginnings = tuple(f"{label}:" for label in _LABELS)
-    lines = [line for line in read_text(TEMPLATE).splitlines() if line.startswith(beginnings)]
-    return lines
+    return [line for line in read_text(TEMPLATE).splitlines() if line.startswith(beginnings)]
 
 
 def _said(sentence: str) -> tuple[str, ...]:
