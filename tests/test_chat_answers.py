@@ -148,7 +148,7 @@ class TestLog:
             assert torn.read_bytes() == whole
         assert ask(torn, url) == TEXTS
 
-    @pytest.mark.parametrize("line", [0, 3])
+    @pytest.mark.parametrize("line", [0, 3, 5])
     def test_a_changed_line_is_refused(self, recorded, line):
         log, _ = recorded
         lines = log.read_text().splitlines(keepends=True)

@@ -117,10 +117,9 @@ def _read(path: Path) -> tuple[list[Record], int, bool]:
     records, whole = [], 0
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
-        last = number == len(lines) or not any(lines[number:])
         if line:
             record = _record(line)
-            if record is None and not last:
+            if record is None and number < len(lines):  # its newline is there, so that no kill tore it
                 raise BadDataError(
                     f"{path}, line {number}: this is no answer as it was recorded; bring the file back from a copy, or "
                     "delete that line to have its question asked again."

@@ -19,7 +19,6 @@ from sami_jax.chat.questions import (
 )
 from sami_jax.errors import BadConfigError, BadDataError, SamiError, StoppedError, UnavailableError
 from sami_jax.processes import from_writer, process_count
-from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 
 # So many questions in a row that a server had no answer for, each tried several times: it is down.
@@ -83,14 +82,13 @@ class Answers:
             sentence += f": at most {cost} where no try fails{budget}{spent}"
         self._say(sentence)
 
-    def ask(self, questions: Sequence[Question], *, progress: Progress | None = None) -> list[Reply]:
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """The reply to each question; one that was answered before is not asked.
 
         Every answer is in the log before this ends, however it ends. A question that stands twice is asked once.
 
         Args:
           questions: to be asked.
-          progress: hears how many of them are done.
 
         Raises:
           BadConfigError: the budget is spent, or the server accepts no question at all.
@@ -102,16 +100,16 @@ class Answers:
         found = _from_json(from_writer(lambda: _to_json(self._recorded(keys))))
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in found}
         if missing and self.chat.on_devices:
-            found |= self._asked(missing, done=len(found), progress=progress)
+            found |= self._asked(missing)
         elif missing:
-            found |= _from_json(from_writer(lambda: _to_json(self._asked(missing, done=len(found), progress=progress))))
+            found |= _from_json(from_writer(lambda: _to_json(self._asked(missing))))
         return [found[key] for key in keys]
 
     def _recorded(self, keys: Sequence[str]) -> dict[str, Reply]:
         log = self._log
         return {key: answer for key in keys if log is not None and (answer := log.find(key)) is not None}
 
-    def _asked(self, missing: dict[str, Question], *, done: int, progress: Progress | None) -> dict[str, Reply]:
+    def _asked(self, missing: dict[str, Question]) -> dict[str, Reply]:
         found: dict[str, Reply] = {}
         keys, questions = list(missing), list(missing.values())
         ended: list[SamiError] = []  # why no further question is asked
@@ -149,8 +147,6 @@ class Answers:
         for number, reply in self.chat.replies(take, may_try_again=may_try_again, stopping=stopping):
             self._record(number, keys[number], questions[number], reply)
             found[keys[number]] = reply
-            if progress:
-                progress.update(done + len(found), self._cost_text())
             if isinstance(reply, Answer):
                 in_a_row = 0
                 continue
@@ -168,9 +164,6 @@ class Answers:
         if self._log and (isinstance(reply, Answer) or reply.spent != Spent()):
             self._log.append(Record(key, question, self.chat.settings, reply, cost_usd))
         self._budget.settle(number, cost_usd)
-
-    def _cost_text(self) -> str:
-        return f"${self.spent_usd:.4f}" if self._prices.input_usd or self._prices.output_usd else ""
 
     def _budget_is_spent(self) -> BadConfigError:
         budget, where = self._budget, f" in {self._log.path}" if self._log else ""

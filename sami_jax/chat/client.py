@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sami_jax.chat.questions import Answer, Failure, FailureKind, Question, Reply, Spent, Take
+from sami_jax.chat.questions import Answer, Failure, FailureKind, Question, Reply, Spent, Take, quoted
 from sami_jax.clock import time_now
 from sami_jax.config.chat import OPENAI_URL, ChatConfig
 from sami_jax.errors import BadConfigError
@@ -20,7 +20,6 @@ from sami_jax.json_text import UnusableJsonError, parse_json
 
 TRIES = 6
 _LONGEST_BODY = 64 * 2**20  # bytes; an answer has thousands
-_QUOTED = 200  # characters of what a server said, in a sentence
 _UNKNOWN = Spent(unknown_tries=1)
 _JITTER = secrets.SystemRandom()  # no result depends on it
 
@@ -233,18 +232,18 @@ class Server:
             return _Failed(Failure(kind, reason, spent), again=again)
 
         if not isinstance(choices := _dict(found).get("choices"), list):
-            raise failed("malformed", f"sends {_quoted(text)}, which holds no choices", again=True)
+            raise failed("malformed", f"sends {quoted(text)}, which holds no choices", again=True)
         if not choices:
             raise failed("no_choices", "sends an empty list of choices", again=True)
         choice = _dict(choices[0])
         message, ended = _dict(choice.get("message")), choice.get("finish_reason")
         content = message.get("content")
         if refusal := message.get("refusal"):
-            raise failed("refused", f"refuses: {_quoted(str(refusal))}", again=False)
+            raise failed("refused", f"refuses: {quoted(str(refusal))}", again=False)
         if ended == "content_filter":
             raise failed("refused", "refuses by its content filter", again=False)
         if content is not None and not isinstance(content, str):
-            raise failed("malformed", f"sends {_quoted(text)}, whose content is no text", again=True)
+            raise failed("malformed", f"sends {quoted(text)}, whose content is no text", again=True)
         if not content or not content.strip():
             after = f" in {answer_tokens} tokens; a higher max_tokens may help" if ended == "length" else ""
             raise failed("no_text", f"answers without any text{after}", again=False)
@@ -261,7 +260,7 @@ class Server:
         """What an HTTP status other than 200 means."""
         status, headers = error.status_code, error.response.headers
         body = _dict(error.body)
-        said = _quoted(self._scrubbed(str(body.get("message") or error.response.text)))
+        said = quoted(self._scrubbed(str(body.get("message") or error.response.text)))
         code = str(body.get("code") or "")
         if status == 429 and code != "insufficient_quota":
             wait_s = _retry_after_s(headers)
@@ -294,7 +293,7 @@ class Server:
         return _Failed(Failure("timed_out", reason, _UNKNOWN), again=True)
 
     def _no_connection(self, error: BaseException, *, sent: bool) -> _Failed:
-        said = _quoted(self._scrubbed(str(error) or type(error).__name__))
+        said = quoted(self._scrubbed(str(error) or type(error).__name__))
         reason = f"drops the connection ({said})" if sent else f"cannot be reached ({said})"
         return _Failed(Failure("no_connection", reason, Spent(unknown_tries=int(sent))), again=True)
 
@@ -306,7 +305,7 @@ class Server:
 def _no_json(text: str, reason: str) -> Failure:
     """What a text is that cannot be used as JSON."""
     if not text.lstrip().startswith("{"):
-        return Failure("no_json", f"sends {_quoted(text)} instead of JSON")
+        return Failure("no_json", f"sends {quoted(text)} instead of JSON")
     if not text.rstrip().endswith("}") or text.count("{") > text.count("}"):
         return Failure("truncated", "sends JSON that ends too early", _UNKNOWN)
     return Failure("malformed", f"sends JSON that cannot be used: {reason}", _UNKNOWN)
@@ -332,8 +331,3 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _quoted(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= _QUOTED else f"{line[:_QUOTED]}...")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sami_jax.chat.answers import Answers, error_of
-from sami_jax.chat.questions import Answer, Failure, Question
+from sami_jax.chat.questions import Answer, Failure, Question, quoted
 from sami_jax.data.principles import Principle
 from sami_jax.errors import BadDataError
 from sami_jax.files import content_hash, read_text
@@ -17,7 +17,6 @@ AT_ONCE = 10  # principles that one question asks for
 FRUITLESS = 5  # answers in a row that bring nothing new, after which nobody is asked any more
 DROPPED = ("same_as_another", "same_as_its_antithesis", "example")
 _LABELS = ("Principle", "Definition", "Antithesis")
-_QUOTED = 200  # characters of an answer, in a sentence
 _LONGEST_NAME, _LONGEST_SENTENCE = 40, 500  # characters
 
 
@@ -76,7 +75,7 @@ def read_answer(text: str) -> list[Principle]:
         label = _LABELS[place % len(_LABELS)]
         begun, colon, field = line.partition(":")
         if begun != label or not colon:
-            raise MalformedError(f"line {number} is {_quoted(line)}, but must begin with {label}:")
+            raise MalformedError(f"line {number} is {quoted(line)}, but must begin with {label}:")
         fields.append(_name(field, number) if label == _LABELS[0] else _sentence(field, number))
         if len(fields) == len(_LABELS):
             principles.append(Principle(name=fields[0], definition=fields[1], antithesis=fields[2]))
@@ -91,16 +90,16 @@ def read_answer(text: str) -> list[Principle]:
 def _name(text: str, number: int) -> str:
     words = text.split()
     if not 1 <= len(words) <= 4 or len(text) > _LONGEST_NAME or not re.fullmatch(r"[\w-]+", "".join(words)):
-        raise MalformedError(f"line {number} names a principle {_quoted(text)}, but a name has one to four words")
+        raise MalformedError(f"line {number} names a principle {quoted(text)}, but a name has one to four words")
     return "_".join(words).lower()
 
 
 def _sentence(text: str, number: int) -> str:
     text = text.strip()
     if len(text.split()) < 3 or len(text) > _LONGEST_SENTENCE or not re.search(r"[.!?][\"')\u201d\u2019]?$", text):
-        raise MalformedError(f"line {number} has {_quoted(text)}, which is not one sentence that ends in a full stop")
+        raise MalformedError(f"line {number} has {quoted(text)}, which is not one sentence that ends in a full stop")
     if found := re.search(r"[<\[{].*[>\]}]", text):
-        raise MalformedError(f"line {number} has the placeholder {_quoted(found[0])}")
+        raise MalformedError(f"line {number} has the placeholder {quoted(found[0])}")
     return text
 
 
@@ -209,13 +208,8 @@ def write_principles(
 
 
 def _gives_up(writer: str, problem: str, last: str, *, there: int, count: int) -> str:
-    came = f" The last one: {_quoted(last)}." if last else ""
+    came = f" The last one: {quoted(last)}." if last else ""
     return (
         f"{writer} brought nothing new in {FRUITLESS} answers in a row: {problem}.{came} {there} of {count} principles "
         "are there; ask another model, for fewer, or say otherwise what they are about."
     )
-
-
-def _quoted(text: str) -> str:
-    line = " ".join(text.split())
-    return repr(line if len(line) <= _QUOTED else f"{line[:_QUOTED]}...")

@@ -6,6 +6,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from sami_jax.errors import SamiError
 
+_QUOTED = 200  # characters of what came, in a sentence
+
+
+def quoted(text: str) -> str:
+    """What came, as a sentence has it: in one line, in quotes, cut off where it is long."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _QUOTED else f"{line[:_QUOTED]}...")
+
 
 class Question(NamedTuple):
     """What is asked, without any conversation before it.

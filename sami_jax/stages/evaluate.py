@@ -18,7 +18,7 @@ from sami_jax.data.pools import HELD_OUT, read_pools
 from sami_jax.data.queries import read_queries
 from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
-from sami_jax.errors import BadDataError, NonFiniteError
+from sami_jax.errors import BadDataError
 from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.evaluation.results import QueryResult, read_results, write_results
 from sami_jax.evaluation.summary import query_mi_nats, summarize
@@ -29,7 +29,7 @@ from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
 from sami_jax.seeds import generator
 from sami_jax.stages.answers import answer_all, answered_pair
-from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.score import Scoring, matrices, refuse_nonfinite
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.types import Dtype, Params
 
@@ -159,9 +159,8 @@ class Evaluate(Stage):
         renderer = Renderer(self.prompts, loaded.tokenizer)
         pairs = [answered_pair(task, responses, renderer) for task, responses in zip(tasks, answers, strict=True)]
         ours, bases = (matrices(loaded, params, pairs, self.scoring) for params in (loaded.params, base_params))
-        for pair, logps, base_logps in zip(pairs, ours, bases, strict=True):
-            if not (np.isfinite(logps).all() and np.isfinite(base_logps).all()):
-                raise NonFiniteError(f"The log-probs of query {pair.example_id} are not finite; a model is damaged.")
+        refuse_nonfinite(pairs, ours, model=self.model.path)
+        refuse_nonfinite(pairs, bases, model=self.base.path)
         results = []
         rows = zip(tasks, pairs, ours, bases, query_mi_nats(ours), strict=True)
         for task, pair, logps, base_logps, mi_nats in rows:

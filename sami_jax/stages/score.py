@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -73,6 +74,15 @@ def matrices(
             round_to=how.round_tokens_to,
             sharding=batch_sharding(loaded.mesh),
             scored=scored,
+        )
+
+
+def refuse_nonfinite(pairs: Sequence[Pair], logps: np.ndarray, *, model: Path) -> None:
+    """Raises NonFiniteError where a matrix of [Q, C, R] has a NaN or an infinity, with the queries and the model."""
+    bad = [pair.example_id for pair, matrix in zip(pairs, logps, strict=True) if not np.isfinite(matrix).all()]
+    if bad:
+        raise NonFiniteError(
+            f"The log-probs of queries {bad} are not finite; the model in {model} is damaged; bring back a copy."
         )
 
 
@@ -159,12 +169,7 @@ class Score(FileStage):
 
     def _lines(self, loaded: LoadedModel, pairs: Sequence[Pair], scored: Callable[[int], None]) -> list[dict[str, Any]]:
         logps = matrices(loaded, loaded.params, pairs, self.scoring, scored=scored)
-        bad = [pair.example_id for pair, matrix in zip(pairs, logps, strict=True) if not np.isfinite(matrix).all()]
-        if bad:
-            raise NonFiniteError(
-                f"{self.pairs.path}: the log-probs of queries {bad} are not finite; the model in {self.model.path} is "
-                "damaged."
-            )
+        refuse_nonfinite(pairs, logps, model=self.model.path)
         loss_of = functools.partial(
             sami_loss,
             over_responses_weight=self.over_responses_weight,

@@ -16,14 +16,13 @@ from sami_jax.data.principles import Principle, read_principles
 from sami_jax.data.queries import Query, read_queries
 from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
-from sami_jax.errors import NonFiniteError
 from sami_jax.evaluation.summary import query_mi_nats
 from sami_jax.evaluation.win_rates import Estimate, mean_with_interval
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.stages.answers import answer_all, answered_pair, check_tasks
-from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.score import Scoring, matrices, refuse_nonfinite
 from sami_jax.stages.stage import FileStage, Output, Source
 from sami_jax.types import Dtype
 
@@ -94,47 +93,30 @@ class ScorePrinciples(FileStage):
         progress = Progress("scoring principles", len(principles) * len(queries), unit="queries")
         lines: list[Any] = []
         for number, principle in enumerate(principles):
-            scored = functools.partial(
-                self._scored, loaded, principle, tasks[principle.name], out, f"{number:03d}", safe_point, progress
-            )
-            lines += out.part(f"{number:03d}.jsonl", lambda make=scored: [make()])  # type: ignore[misc]
-            progress.update((number + 1) * len(queries), principle.name)
+
+            def answered(count: int, done: int = number * len(queries), name: str = principle.name) -> None:
+                progress.update(done + count, name)
+
+            answers = {"out": out, "folder": f"{number:03d}", "safe_point": safe_point, "answered": answered}
+            scored = functools.partial(self._scored, loaded, principle, tasks[principle.name], answers)
+            lines += out.part(f"{number:03d}.jsonl", scored)
+            answered(len(queries))
             safe_point()
         return sorted(lines, key=lambda line: -line["mi_nats"]["mean"] if line["mi_nats"] else np.inf)
 
     def _scored(
-        self,
-        loaded: LoadedModel,
-        principle: Principle,
-        tasks: Sequence[Task],
-        out: Output,
-        folder: str,
-        safe_point: SafePoint,
-        progress: Progress,
-    ) -> dict[str, Any]:
-        before = int(folder) * len(tasks)
-        answers = answer_all(
-            loaded,
-            tasks,
-            self.prompts,
-            self.sampling,
-            out=out,
-            folder=folder,
-            safe_point=safe_point,
-            answered=lambda count: progress.update(before + count, principle.name),
-        )
+        self, loaded: LoadedModel, principle: Principle, tasks: Sequence[Task], how: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The principle's line alone; `how` is handed on to `answer_all`."""
+        answers = answer_all(loaded, tasks, self.prompts, self.sampling, **how)
         renderer = Renderer(self.prompts, loaded.tokenizer)
         pairs = [answered_pair(task, responses, renderer) for task, responses in zip(tasks, answers, strict=True)]
         logps = matrices(loaded, loaded.params, pairs, self.scoring)
-        if bad := [pair.example_id for pair, m in zip(pairs, logps, strict=True) if not np.isfinite(m).all()]:
-            raise NonFiniteError(
-                f"The log-probs of queries {bad} under {principle.name} are not finite; the model in "
-                f"{self.model.path} is damaged."
-            )
+        refuse_nonfinite(pairs, logps, model=self.model.path)
         known = [all(pair.response_ids) for pair in pairs]  # an empty response has no log-prob
         mi_nats = mean_with_interval(query_mi_nats(logps)[known]) if any(known) else None
         distinct = [len(set(pair.responses)) == len(pair.responses) for pair in pairs]
-        return {
+        line = {
             **dataclasses.asdict(principle),
             "mi_nats": mi_nats and mi_nats._asdict(),
             "readable": is_readable(mi_nats),
@@ -143,6 +125,7 @@ class ScorePrinciples(FileStage):
             "n_unscored": known.count(False),
             "normalize": self.scoring.normalize,
         }
+        return [line]
 
 
 def is_readable(mi_nats: Estimate | None) -> bool:
