@@ -33,6 +33,8 @@ setup(
             "orbax-checkpoint>=0.11.25",
             "pyarrow>=21",
             "safetensors>=0.5",
+            "scipy>=1.15",
+            "statsmodels>=0.14.5",
             "tokenizers>=0.22",
             "transformers>=5.22",  # before it, some byte-level tokenizers become others (tests/test_tokenizer.py)
         ],

@@ -20,7 +20,7 @@ python="$scratch/venv/bin/python"
 # Out of the checkout, so that what is imported is what was installed.
 cd "$scratch"
 installed="$("$python" -m pip list --disable-pip-version-check --format=freeze | sed 's/==.*//' | tr '[:upper:]_' '[:lower:]-')"
-for extra in flax jinja2 matplotlib ml-collections openai optax orbax-checkpoint rich safetensors tokenizers torch transformers; do
+for extra in flax jinja2 matplotlib ml-collections openai optax orbax-checkpoint rich safetensors statsmodels tokenizers torch transformers; do
     if grep --quiet --line-regexp --fixed-strings "$extra" <<<"$installed"; then
         echo "core_install: $extra came with the core installation; it belongs to an extra in setup.py" >&2
         exit 1

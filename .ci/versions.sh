@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The loss, the tokenizer and loading on other versions than those of constraints.txt: `lowest` takes what setup.py admits
-# at least, `newest` what the index has today, on a newer Python where there is one. Needs a network (or a mirror).
+# The loss, statistics, the tokenizer and loading on other versions than those of constraints.txt: `lowest` takes what
+# setup.py admits at least, `newest` what the index has today, on a newer Python where there is one. Needs a network (or
+# a mirror).
 set -euo pipefail
 
 which="${1:?lowest or newest}"
@@ -32,9 +33,10 @@ mkdir "$scratch/source"
 cp -r "$root/setup.py" "$root/pyproject.toml" "$root/README.md" "$root/sami_jax" "$scratch/source"
 "$uv" pip install --quiet --python "$scratch/venv/bin/python" --resolution "$resolution" "$scratch/source[train,test]"
 "$uv" pip list --quiet --python "$scratch/venv/bin/python" --format=freeze |
-    grep -E '^(jax|flax|numpy|chex|openai|transformers|tokenizers|safetensors|huggingface.hub)==' | paste -sd ' ' -
+    grep -E '^(jax|flax|numpy|chex|openai|transformers|tokenizers|safetensors|huggingface.hub|scipy|statsmodels|pandas)==' | paste -sd ' ' -
 cd "$root"
 # Each operation compiled by itself says nothing about versions, and takes most of the time.
 "$scratch/venv/bin/python" -m pytest -p no:cacheprovider -n 2 -m "not slow" -k "not without_jit" \
-    tests/test_losses.py tests/test_tokenizer.py tests/test_huggingface.py tests/test_chat_client.py
+    tests/test_losses.py tests/test_tokenizer.py tests/test_huggingface.py tests/test_chat_client.py \
+    tests/test_statistics.py
 echo "versions: $which passed on $("$python" --version)"

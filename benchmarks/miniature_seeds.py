@@ -34,7 +34,7 @@ import numpy as np
 
 from sami_jax.config.run import load_config
 from sami_jax.evaluation.results import read_results
-from sami_jax.evaluation.win_rates import mean_with_interval
+from sami_jax.evaluation.statistics import mean_with_interval
 from sami_jax.files import read_json, write_json
 from sami_jax.miniature.pretraining import pretrained_folder
 

@@ -10,8 +10,8 @@ import pytest
 
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.results import QueryResult, write_results
+from sami_jax.evaluation.statistics import Estimate, mean_with_interval, win_rate, win_scores
 from sami_jax.evaluation.verdicts import Verdict
-from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
 from sami_jax.report import charts
 from sami_jax.report.findings import changes_from_base, headline
 from sami_jax.report.measures import DISTINCT

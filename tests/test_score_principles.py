@@ -15,7 +15,7 @@ from sami_jax.config.run import RunConfig
 from sami_jax.data.pairs import Pair, write_pairs
 from sami_jax.data.tokenizer import load_tokenizer
 from sami_jax.errors import StoppedError
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 from sami_jax.files import read_jsonl
 from sami_jax.stages.score_principles import ScorePrinciples, is_readable, scores_table
 from sami_jax.stages.stage import complete_file, file_source, model_source

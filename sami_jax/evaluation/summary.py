@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.evaluation.results import QueryResult
-from sami_jax.evaluation.win_rates import Estimate, mean_with_interval, win_rate, win_scores
+from sami_jax.evaluation.statistics import Estimate, mean_with_interval, win_rate, win_scores
 from sami_jax.losses import mi_lower_bound
 
 

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 from sami_jax.report.measures import LENGTH, METRICS, MI, NATS, RATE, SPLIT_LABELS, Metric, Unit, iteration_label
 from sami_jax.report.reading import Run
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from sami_jax.evaluation.win_rates import Estimate, mean_with_interval
+from sami_jax.evaluation.statistics import Estimate, mean_with_interval
 from sami_jax.report.measures import (
     ADHERENCE,
     BASE_LOGP,

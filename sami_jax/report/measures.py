@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 
 
 @dataclasses.dataclass(frozen=True)

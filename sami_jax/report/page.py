@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 from sami_jax.files import write_text
 from sami_jax.report import charts, findings, samples, tables
 from sami_jax.report.measures import (

@@ -7,7 +7,7 @@ from typing import Any
 
 from sami_jax.errors import BadDataError
 from sami_jax.evaluation.results import QueryResult, naming, read_results
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 from sami_jax.files import read_json, read_log
 from sami_jax.report.measures import METRICS, SPLIT_LABELS
 from sami_jax.stage_folder import check_sealed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sami_jax.evaluation.win_rates import Estimate
+from sami_jax.evaluation.statistics import Estimate
 from sami_jax.report.findings import Direction, unpaired_direction
 from sami_jax.report.measures import (
     ADHERENCE,

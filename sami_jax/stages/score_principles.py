@@ -16,8 +16,8 @@ from sami_jax.data.principles import Principle, read_principles
 from sami_jax.data.queries import Query, read_queries
 from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
+from sami_jax.evaluation.statistics import Estimate, mean_with_interval
 from sami_jax.evaluation.summary import query_mi_nats
-from sami_jax.evaluation.win_rates import Estimate, mean_with_interval
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
