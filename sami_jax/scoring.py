@@ -19,7 +19,7 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
     """One sequence per cell: prompt c, then response r, padded on the right.
 
     Args:
-      pairs: B queries of C constitutions and responses each.
+      pairs: B queries of C constitutions and R responses each.
       width: T, at least the longest prompt plus response.
       response_width: K, at least the longest response.
       eos_id: appended to every response and trained, or None.
@@ -28,11 +28,11 @@ def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id
       A batch of numpy arrays.
     """
     ending = () if eos_id is None else (eos_id,)
-    count = len(pairs[0].prompt_ids)
-    tokens = np.zeros((len(pairs), count, count, width), np.int32)
-    prompt_lengths = np.zeros((len(pairs), count), np.int32)
-    targets = np.zeros((len(pairs), count, response_width), np.int32)
-    target_mask = np.zeros((len(pairs), count, response_width), bool)
+    constitutions, responses = len(pairs[0].prompt_ids), len(pairs[0].response_ids)
+    tokens = np.zeros((len(pairs), constitutions, responses, width), np.int32)
+    prompt_lengths = np.zeros((len(pairs), constitutions), np.int32)
+    targets = np.zeros((len(pairs), responses, response_width), np.int32)
+    target_mask = np.zeros((len(pairs), responses, response_width), bool)
     for b, pair in enumerate(pairs):
         for c, prompt in enumerate(pair.prompt_ids):
             prompt_lengths[b, c] = len(prompt)

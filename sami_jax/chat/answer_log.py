@@ -16,8 +16,9 @@ from sami_jax.outputs import could_not_be_written
 
 
 def answer_key(chat: Chat, question: Question) -> str:
-    """The hash of model, messages and settings, under which an answer is kept."""
-    return content_hash({"messages": question.messages, "settings": chat.settings})
+    """The hash of model, messages and settings, under which an answer is kept; of choices where they are known."""
+    choices = {"choices": question.choices} if question.choices and chat.on_devices else {}
+    return content_hash({"messages": question.messages, "settings": chat.settings, **choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class AnswerLog:
         """Takes the file's descriptor, and what it holds."""
         self.path, self._file = path, file
         self._answers: dict[str, Answer] = {}
-        self.spent_usd, self.is_empty = 0.0, True
+        self.costs_usd: dict[str, float] = {}  # by key
+        self.is_empty = True
         for record in records:
             self._keep(record)
 
@@ -66,7 +68,8 @@ class AnswerLog:
         self._keep(record)
 
     def _keep(self, record: Record) -> None:
-        self.spent_usd, self.is_empty = self.spent_usd + record.cost_usd, False
+        self.costs_usd[record.key] = self.costs_usd.get(record.key, 0.0) + record.cost_usd
+        self.is_empty = False
         if isinstance(record.reply, Answer):
             self._answers.setdefault(record.key, record.reply)
 

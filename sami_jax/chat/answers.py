@@ -1,5 +1,6 @@
 """Asks each question once: what was answered before is read from the log, the rest is asked within the budget."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,13 +50,18 @@ class Answers:
           say: takes sentences for the person who watches; left out: standard error.
         """
         self.chat, self._log, self._prices, self._safe_point = chat, log, prices, safe_point
-        self._budget = Budget(max_cost_usd, spent_usd=log.spent_usd if log else 0.0)
+        self._budget = Budget(max_cost_usd, spent_usd=sum(log.costs_usd.values()) if log else 0.0)
         self._say = say or (lambda sentence: print(sentence, file=sys.stderr, flush=True))
 
     @property
     def spent_usd(self) -> float:
         """What all questions of the log have cost, by the prices of their time."""
         return self._budget.spent_usd
+
+    def cost_usd(self, questions: Sequence[Question]) -> float:
+        """What these questions have cost, by the log; 0 in a process that has none."""
+        costs_usd = self._log.costs_usd if self._log else {}
+        return math.fsum(costs_usd.get(key, 0.0) for key in {answer_key(self.chat, question) for question in questions})
 
     @property
     def log_is_empty(self) -> bool:
@@ -82,13 +88,16 @@ class Answers:
             sentence += f": at most {cost} where no try fails{budget}{spent}"
         self._say(sentence)
 
-    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+    def ask(self, questions: Sequence[Question], *, heed: Callable[[Reply], None] | None = None) -> list[Reply]:
         """The reply to each question; one that was answered before is not asked.
 
         Every answer is in the log before this ends, however it ends. A question that stands twice is asked once.
 
         Args:
           questions: to be asked.
+          heed: called with each reply as it comes, those that were recorded first. A SamiError that it raises ends the
+            asking, once what is on its way has come. Left out: three questions in a row that a server does not answer
+            end it.
 
         Raises:
           BadConfigError: the budget is spent, or the server accepts no question at all.
@@ -99,17 +108,20 @@ class Answers:
         keys = [answer_key(self.chat, question) for question in questions]
         found = _from_json(from_writer(lambda: _to_json(self._recorded(keys))))
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in found}
+        for reply in found.values():
+            if heed:
+                heed(reply)
         if missing and self.chat.on_devices:
-            found |= self._asked(missing)
+            found |= self._asked(missing, heed)
         elif missing:
-            found |= _from_json(from_writer(lambda: _to_json(self._asked(missing))))
+            found |= _from_json(from_writer(lambda: _to_json(self._asked(missing, heed))))
         return [found[key] for key in keys]
 
     def _recorded(self, keys: Sequence[str]) -> dict[str, Reply]:
         log = self._log
         return {key: answer for key in keys if log is not None and (answer := log.find(key)) is not None}
 
-    def _asked(self, missing: dict[str, Question]) -> dict[str, Reply]:
+    def _asked(self, missing: dict[str, Question], heed: Callable[[Reply], None] | None) -> dict[str, Reply]:
         found: dict[str, Reply] = {}
         keys, questions = list(missing), list(missing.values())
         ended: list[SamiError] = []  # why no further question is asked
@@ -147,13 +159,16 @@ class Answers:
         for number, reply in self.chat.replies(take, may_try_again=may_try_again, stopping=stopping):
             self._record(number, keys[number], questions[number], reply)
             found[keys[number]] = reply
-            if isinstance(reply, Answer):
-                in_a_row = 0
-                continue
-            if reply.ends:
+            if isinstance(reply, Failure) and reply.ends:
                 ended.append(reply.ends)
-            in_a_row += reply.kind in UNAVAILABLE
-            if in_a_row == _MOST_UNAVAILABLE:
+            if heed:
+                try:
+                    heed(reply)
+                except SamiError as error:
+                    ended.append(error)
+                continue
+            in_a_row = in_a_row + (reply.kind in UNAVAILABLE) if isinstance(reply, Failure) else 0
+            if isinstance(reply, Failure) and in_a_row == _MOST_UNAVAILABLE:
                 ended.append(error_of(self.chat, reply))
         if ended:
             raise ended[0]

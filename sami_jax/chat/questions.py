@@ -21,10 +21,13 @@ class Question(NamedTuple):
     Attributes:
       user: the user's turn.
       system: the system turn in front of it; "" for none.
+      choices: answers of which a model on these devices gives the most likely one; () where it may say anything.
+        Whoever else answers knows of them by the question's text alone.
     """
 
     user: str
     system: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -65,6 +68,7 @@ class Answer:
       model: that answered, by its own name; a server may have taken another one than was asked for.
       time: when, in UTC.
       spent: for it.
+      logps: of a question's choices, in nats, where a model on these devices chose.
     """
 
     text: str
@@ -72,6 +76,7 @@ class Answer:
     model: str
     time: str
     spent: Spent
+    logps: list[float] | None = None
 
 
 FailureKind = Literal[
