@@ -20,6 +20,11 @@ class Progress:
         self.started = time.monotonic()
         self._first, self._last_print, self._log_every_s = done, -1e9, log_every_s
 
+    def update_of(self, done: int, total: int, note: str = "") -> None:
+        """Says that `done` units are done, of a total that is known by now."""
+        self.total = total
+        self.update(done, note)
+
     def update(self, done: int, note: str = "") -> None:
         """Says that `done` of `total` units are done."""
         now = time.monotonic()

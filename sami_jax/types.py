@@ -9,6 +9,7 @@ Array = jax.Array
 Normalize = Literal["mean", "sum"]  # a response's log-prob over its tokens
 Boundary = Literal["exact", "authors"]  # between prompt and response, in tokens
 PromptStyle = Literal["base", "chat"]  # a template is the whole text, or what a user says in a chat
+Orders = Literal["both", "paper"]  # in which a judge sees two responses
 Dtype = Literal["float32", "bfloat16"]
 Platform = Literal["any", "cpu", "gpu", "tpu"]
 Remat = Literal["none", "dots", "full"]  # what of a layer the backward pass recomputes: nothing, all but matmuls, all

@@ -1,7 +1,11 @@
-"""The miniature's judge: what a response follows, and how malformed ones lose."""
+"""The miniature's judge: what a response follows, and how malformed ones lose; and which judges a config may name."""
+
+import re
 
 import pytest
 
+from sami_jax.config.chat import ChatConfig
+from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.fields import describe_fields
 from sami_jax.config.run import RunConfig
 from sami_jax.data.constitutions import Constitution
@@ -85,14 +89,43 @@ def test_the_facts_that_are_asked_for_are_those_that_are_read():
 
 def test_judges_by_name():
     assert judge_by_name("none") is None and judge_by_name("miniature") is MINIATURE
+    assert judge_by_name("server") is None and judge_by_name("model:judge") is None  # they compare pairs
     assert MINIATURE.judge is judge_miniature
 
 
-def test_an_unknown_judge_is_refused_and_the_known_are_listed():
-    with pytest.raises(BadConfigError, match="config.evaluation.judge is 'gpt'; choose one of none, miniature"):
-        judge_by_name("gpt")
+@pytest.mark.parametrize("judge", ["gpt", "", "model:", "replay:", "server:x", "miniature:x", "Model:x"])
+def test_an_unknown_judge_is_refused_and_the_known_are_listed(judge):
+    known = "choose one of none, miniature, server, model:DIR, replay:FILE"
+    with pytest.raises(BadConfigError, match=f"config.evaluation.judge is {judge!r}; {known}"):
+        EvaluationConfig(judge=judge)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"judge": "server"}, "judge_model names no model"),
+        ({"judge_model": "big"}, "the judge is 'none'; set judge=server"),
+        ({"judge": "model:x", "base_url": "http://x"}, "the judge is 'model:x'; set judge=server"),
+        ({"instruct": "x"}, "config.evaluation.judge=none"),
+        ({"judge": "model:x", "temperature": 0.5}, "a model on these devices is greedy"),
+        ({"judge": "server", "judge_model": "big", "base_url": "x"}, "base_url is 'x'"),
+        ({"judge": "server", "judge_model": "big", "max_cost_usd": 1.0}, "a price is missing"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused(settings, sentence):
+    with pytest.raises(BadConfigError, match=re.escape(sentence)):
+        EvaluationConfig(**settings)
+
+
+def test_who_is_asked():
+    server = EvaluationConfig(judge="server", judge_model="big", base_url="http://x/v1", concurrency=3)
+    assert server.chat == ChatConfig(chat_model="big", base_url="http://x/v1", concurrency=3)
+    assert EvaluationConfig(judge="model:folder", max_tokens=9).chat == ChatConfig(model="folder", max_tokens=9)
+    assert EvaluationConfig(judge="replay:log").chat == ChatConfig(model="replay:log")
+    asked = [EvaluationConfig(judge=judge).is_asked for judge in ("none", "miniature", "model:x", "replay:x")]
+    assert asked == [False, False, True, True]
 
 
 def test_the_help_text_names_every_judge():
     meaning = next(text for name, _, text in describe_fields(RunConfig) if name == "config.evaluation.judge")
-    assert all(f"{name}: " in meaning for name in JUDGES)
+    assert all(f"{name}: " in meaning for name in (*JUDGES, "none", "server", "model:DIR"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chat_server import ChatHandler, chatting, completion, drops, fails, in_turn, says
+from chat_server import ChatHandler, chatting, drops, fails, in_turn, says
 from sami_jax.chat import client
 from sami_jax.chat.answer_log import read_log
 from sami_jax.chat.opening import make_chat, open_answers
@@ -26,6 +26,7 @@ from sami_jax.evaluation.pairwise_judge import (
     too_many_errors,
     verdict_of,
 )
+from server_judges import judging, parts, shorter
 from talking_model import CHAT
 from tiny_run import tiny_run_config
 
@@ -153,29 +154,10 @@ class TestQuestion:
 
     def test_the_drawn_order_is_each_contests_own(self):
         contests = [Contest(f"POST: {i}", "1. Be brief.", "yes", "no") for i in range(400)]
-        drawn = [contest.drawn_order(0) for contest in contests]
-        assert drawn == [contest.drawn_order(0) for contest in contests]
-        assert 150 < sum(drawn) < 250  # 200 +- 5 standard errors
-        assert drawn != [contest.drawn_order(1) for contest in contests]
-
-
-# Judges that a server plays. They read the question as it is written.
-def parts(asked: dict[str, Any]) -> dict[str, str]:
-    text = asked["messages"][-1]["content"]
-    mark = re.search(r"<<<QUERY (\w{16})>>>", text)[1]
-    return {
-        name: re.search(rf"<<<{name} {mark}>>>\n(.*)\n<<<END OF {name} {mark}>>>", text, re.DOTALL)[1]
-        for name in ("PRINCIPLES", "QUERY", "RESPONSE A", "RESPONSE B")
-    }
-
-
-def judging(verdict: Callable[[dict[str, str]], str]) -> Any:
-    return lambda handler, asked: handler.send(200, completion(verdict(parts(asked))))
-
-
-def shorter(asked: dict[str, str]) -> str:
-    a, b = len(asked["RESPONSE A"]), len(asked["RESPONSE B"])
-    return f"One is shorter.\nVerdict: {'tie' if a == b else 'A' if a < b else 'B'}"
+        drawn = [contest.orders("paper", 0) for contest in contests]
+        assert drawn == [contest.orders("paper", 0) for contest in contests] and set(drawn) == {(True,), (False,)}
+        assert 150 < drawn.count((True,)) < 250  # 200 +- 5 standard errors
+        assert drawn != [contest.orders("paper", 1) for contest in contests]
 
 
 def ask(url: str, folder: pathlib.Path, contests: list[Contest], **how: Any) -> list[Judged]:
@@ -200,7 +182,7 @@ def test_a_judge_that_knows_wins_in_both_orders(tmp_path):
         papers = ask(chat.url, tmp_path, MANY, orders="paper")
         assert len(chat.requests) == 60  # the same questions, half of them
     assert [one.outcome for one in papers] == [one.outcome for one in found]
-    assert [one.hearings[0].response_first for one in papers] == [contest.drawn_order(0) for contest in MANY]
+    assert [(one.hearings[0].response_first,) for one in papers] == [contest.orders("paper", 0) for contest in MANY]
 
 
 def test_a_judge_of_places_is_inconsistent_in_every_pair(tmp_path):

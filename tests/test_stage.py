@@ -10,6 +10,7 @@ import pytest
 
 from chat_server import chatting, says
 from sami_jax.config.chat import WriterConfig
+from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.errors import BadConfigError, BadDataError, NonFiniteError, SaveFailedError, StoppedError
@@ -18,6 +19,7 @@ from sami_jax.stage_folder import check_stage_file, locked
 from sami_jax.stages.evaluate import Evaluate
 from sami_jax.stages.export import Export
 from sami_jax.stages.generate import Generate
+from sami_jax.stages.judge import Judge
 from sami_jax.stages.sample import Sample
 from sami_jax.stages.score import Score
 from sami_jax.stages.score_principles import ScorePrinciples
@@ -265,8 +267,10 @@ class TestCompleteFile:
 # finished folder of other settings would be taken for this one's.
 NO_INPUTS = {("train", "train", "checkpoint_every"), ("train", "train", "keep_checkpoints")}
 NO_INPUTS |= {("export", "train", "keep_checkpoints")}
+NO_INPUTS |= {("judge", "evaluation", "judge")}  # whose model or record is an input by its contents
 NO_INPUTS |= {
-    ("write_principles", "writer", name)  # who pays, how much, how fast
+    (stage, section, name)  # who pays, how much, how fast
+    for stage, section in (("write_principles", "writer"), ("judge", "evaluation"))
     for name in (
         "api_key_env",
         "concurrency",
@@ -357,7 +361,12 @@ def test_no_stage_reads_a_setting_that_its_inputs_lack(config, tmp_path):
     trained = completed(Train.of(config, 1, base=base, pairs=pairs))
     completed(Export.of(config, 1, base=base, trained=trained))
     given: dict[str, Any] = {"queries": evaluated, "principles": principles, "base": base}
-    completed(Evaluate.of(config, 0, model=base, baseline=None, **given))
+    results = Source(completed(Evaluate.of(config, 0, model=base, baseline=None, **given)).path / "results.jsonl", "x")
+    with chatting(says("Verdict: A")) as chat:
+        judge = EvaluationConfig(judge="server", base_url=chat.url, judge_model="big")
+        files: dict[str, Any] = {"responses": results, "baseline": results, "split": "learned"}
+        judging = dataclasses.replace(config, evaluation=judge)
+        completed(Judge.of(judging, **files, given=None, log=tmp_path / "judge" / "answers" / "answers.jsonl"))
     written = "Principle: short\nDefinition: Posts should be short.\nAntithesis: Posts should be long."
     with chatting(says(written)) as chat:
         writer = WriterConfig(base_url=chat.url, chat_model="big", about="posts", count=1)

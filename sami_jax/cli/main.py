@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sami_jax.cli.data_commands import add_data
 from sami_jax.cli.flags import EXIT_CODES, Parser, overrides_of, refuse_unread
+from sami_jax.cli.judge_command import add_judge
 from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
 from sami_jax.cli.principle_commands import add_principles
 from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
@@ -58,6 +59,7 @@ def _build_parser() -> argparse.ArgumentParser:
         add_score,
         add_train,
         add_evaluate,
+        add_judge,
         add_report,
         add_export,
     ):

@@ -12,21 +12,12 @@ REPLAY = "replay:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """A model on these devices, recorded answers, or an OpenAI-compatible server."""
+class AskingConfig:
+    """How somebody is asked, and what it may cost."""
 
-    model: str = setting(
-        "",
-        "who answers: a model folder with a chat template, or its name on the Hub, sampled from on these devices; or "
-        "replay:FILE, answers that were recorded",
-        path=True,
-    )
     base_url: str = setting(
-        "",
-        f"instead of model, an OpenAI-compatible server (vLLM, llama.cpp, a provider); {OPENAI_URL} if only chat_model "
-        "is given",
+        "", f"an OpenAI-compatible server (vLLM, llama.cpp, a provider); {OPENAI_URL} if only its model is named"
     )
-    chat_model: str = setting("", "the server's name of the model that answers")
     api_key_env: str = setting(
         "OPENAI_API_KEY", "environment variable that holds the server's key; a local server needs none"
     )
@@ -45,6 +36,19 @@ class ChatConfig:
     )
     usd_per_million_input_tokens: float = setting(0.0, "the server's price, for the budget", at_least=0)
     usd_per_million_output_tokens: float = setting(0.0, "the server's price, for the budget", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(AskingConfig):
+    """A model on these devices, recorded answers, or an OpenAI-compatible server."""
+
+    model: str = setting(
+        "",
+        "instead of a server, a model folder with a chat template, or its name on the Hub, sampled from on these "
+        "devices; or replay:FILE, answers that were recorded",
+        path=True,
+    )
+    chat_model: str = setting("", "the server's name of the model that answers")
 
     def __post_init__(self) -> None:
         if self.model and (self.base_url or self.chat_model):

@@ -14,6 +14,7 @@ from sami_jax.chat.questions import UNAVAILABLE, Answer, Failure, Question, Repl
 from sami_jax.errors import BadDataError, UnavailableError
 from sami_jax.files import content_hash, read_text
 from sami_jax.seeds import number
+from sami_jax.types import Orders
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "judge.txt"
 MOST_ERRORS = 0.05  # share of the questions without an answer, beyond which there is no result
@@ -22,7 +23,6 @@ _CHOICES = ("Verdict: A", "Verdict: B")  # that a model on these devices chooses
 
 Verdict = Literal["A", "B", "tie", "invalid", "error"]  # A: the response that stands first
 Outcome = Literal["win", "loss", "tie", "inconsistent", "invalid", "error"]  # of the response, against the baseline
-Orders = Literal["both", "paper"]
 
 _VERDICT = r"[\[(*_`\"']*(?P<verdict>A|B|[Tt]ie|TIE)[\])*_`\"'.]*"
 _LINE = re.compile(rf"[*_`#\s]*(?:Final )?(?:Verdict|Response|Answer)[*_`]*:[*_`]*\s*{_VERDICT}\s*", re.IGNORECASE)
@@ -63,9 +63,11 @@ class Contest:
         template = read_text(TEMPLATE).strip()
         return Question(re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], template), choices=_CHOICES)
 
-    def drawn_order(self, seed: int) -> bool:
-        """Whether the response stands first where one order is asked: a coin's toss that is this contest's own."""
-        return number(seed, "judge", self.query, self.constitution, self.response, self.baseline) % 2 == 0
+    def orders(self, orders: Orders, seed: int) -> tuple[bool, ...]:
+        """Whether the response stands first, in each order that is asked; "paper" tosses a coin for each contest."""
+        if orders == "both":
+            return (True, False)
+        return (number(seed, "judge", self.query, self.constitution, self.response, self.baseline) % 2 == 0,)
 
 
 def _mark(texts: Sequence[str]) -> str:
@@ -174,17 +176,16 @@ def judge_contests(
     Raises:
       SamiError: as `ask_judge`.
     """
-    firsts = [(True, False) if orders == "both" else (contest.drawn_order(seed),) for contest in contests]
-    questions = [
-        contest.question(response_first=first)
-        for contest, of_one in zip(contests, firsts, strict=True)
-        for first in of_one
-    ]
-    replies = iter(ask_judge(answers, questions, judged=judged))
+    replies = iter(ask_judge(answers, questions_of(contests, orders=orders, seed=seed), judged=judged))
     return [
-        Judged(contest, tuple(Hearing(first, next(replies)) for first in of_one))
-        for contest, of_one in zip(contests, firsts, strict=True)
+        Judged(contest, tuple(Hearing(first, next(replies)) for first in contest.orders(orders, seed)))
+        for contest in contests
     ]
+
+
+def questions_of(contests: Sequence[Contest], *, orders: Orders, seed: int) -> list[Question]:
+    """What a judge is asked about contests; see `judge_contests`."""
+    return [contest.question(response_first=first) for contest in contests for first in contest.orders(orders, seed)]
 
 
 def ask_judge(

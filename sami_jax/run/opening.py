@@ -17,7 +17,6 @@ from sami_jax.data.queries import alternating_half, read_queries
 from sami_jax.data.tasks import Task
 from sami_jax.disk import check_disk
 from sami_jax.errors import BadConfigError
-from sami_jax.evaluation.judge_by_name import judge_by_name
 from sami_jax.files import content_hash, read_json, write_json
 from sami_jax.huggingface.folder import find_weights, read_config
 from sami_jax.huggingface.hub import fetch_model, model_name
@@ -29,7 +28,7 @@ from sami_jax.model.shape import DecoderConfig
 from sami_jax.processes import agreed, differences, from_writer, is_writer, process_count
 from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import QUERIES, drop_queries
-from sami_jax.run.principles import check_writer
+from sami_jax.run.chats import check_chat
 from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
@@ -64,7 +63,7 @@ def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> Ru
     if from_writer(lambda: (workdir / "config.json").exists()):
         return _open_begun(config, workdir, say)
     if config.constitutions.to_be_written:
-        check_writer(config)
+        check_chat(config.constitutions.writer, config)
     with _dropped_if_refused(workdir / QUERIES):
         found = with_files(config, workdir / QUERIES, iterations=config.iterations, say=say)
         _check_disk(found, workdir, say)
@@ -140,7 +139,6 @@ def with_files(config: RunConfig, queries: Path, *, iterations: int, say: Callab
       BadDataError: a file cannot be used, or an iteration has fewer queries than its training needs.
       FetchFailedError: queries or model could not be downloaded.
     """
-    judge_by_name(config.evaluation.judge)  # for what it refuses, before a base is pretrained
     if needs_pretraining(config) and not config.pretraining.enabled:
         raise BadConfigError(f"A path of the config holds {PRETRAINED}, but config.pretraining.enabled is false.")
     place = config.constitutions.place

@@ -16,8 +16,8 @@ from sami_jax.files import append_jsonl, read_json, read_text, write_text
 from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
 from sami_jax.outputs import check_file, check_folder, is_stream, refuse_file
+from sami_jax.run.chats import given_source
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
-from sami_jax.run.principles import given_source
 from sami_jax.run.queries import with_queries
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.sharding import use_platform

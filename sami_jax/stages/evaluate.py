@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sami_jax.config.data import ConstitutionsConfig
-from sami_jax.config.evaluation import EvaluationConfig
+from sami_jax.config.evaluation import ASKING, EvaluationConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.run import RunConfig
@@ -69,7 +69,7 @@ class Evaluate(Stage):
     constitutions: ConstitutionsConfig = settings_but("principles", "folder", "writer")
     prompts: PromptsConfig
     sampling: SamplingConfig
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig = settings_but("instruct", *ASKING)
     scoring: Scoring
     compute_dtype: Dtype
     mesh: MeshConfig

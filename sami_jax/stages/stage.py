@@ -60,12 +60,17 @@ def settings_but(*names: str) -> Any:
     return dataclasses.field(metadata={"but": names})
 
 
+def no_input() -> Any:
+    """A field that is no input, since no output depends on it."""
+    return dataclasses.field(metadata={"no_input": True})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(abc.ABC):
     """Work that reads files and writes a folder: the same inputs, the same bytes.
 
     A subclass is a frozen dataclass whose fields are its inputs, every one of them, so that `make` reads no setting
-    that `inputs` lacks: a setting that changes no output is named by `settings_but`.
+    that `inputs` lacks: a setting that changes no output is named by `settings_but`, a field by `no_input`.
 
     Attributes:
       name: of the stage, in inputs and messages.
@@ -82,8 +87,8 @@ class Stage(abc.ABC):
 
     def inputs(self) -> dict[str, Any]:
         """JSON value of everything that the outputs depend on."""
-        fields = {field.name: _plain(getattr(self, field.name), field) for field in dataclasses.fields(self)}
-        return {"stage": self.name, **fields}
+        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("no_input")]
+        return {"stage": self.name, **{field.name: _plain(getattr(self, field.name), field) for field in fields}}
 
     @abc.abstractmethod
     def make(self, out: "Output", safe_point: SafePoint) -> Any:
@@ -113,6 +118,7 @@ class Output:
         """Prepares for a stage's folder, or for None where nothing is kept; nothing is written yet."""
         self._folder, self._inputs, self._log = folder, inputs, log
         self._stack = contextlib.ExitStack()
+        self.is_open = False
 
     @property
     def folder(self) -> Path:
@@ -139,6 +145,10 @@ class Output:
         """
         if is_writer() and self._folder is not None:
             stage_folder.withdraw(self._folder)
+
+    def leave_open(self) -> None:
+        """Keeps the stage from being sealed: what it wrote stands, and the next attempt makes it better."""
+        self.is_open = True
 
     def build(self) -> None:
         """Opens a folder beside the stage's, which replaces it when it is sealed: whole, or not at all.
@@ -203,7 +213,7 @@ class Completed(NamedTuple):
     """A stage that stands.
 
     Attributes:
-      source: its folder, for the stages that read it.
+      source: its folder, for the stages that read it; without a fingerprint where it was left open.
       seconds: that it took; None where it stood before.
     """
 
@@ -235,7 +245,8 @@ def complete(stage: Stage, folder: Path, *, safe_point: SafePoint, log: Log = _n
         safe_point()
         started = time.monotonic()
         with Output(folder, inputs, log) as out:
-            fingerprint = out.seal(stage, stage.make(out, safe_point))
+            counts = stage.make(out, safe_point)
+            fingerprint = "" if out.is_open else out.seal(stage, counts)
         seconds = time.monotonic() - started
     return Completed(Source(folder, fingerprint), seconds)
 
