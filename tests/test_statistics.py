@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from sami_jax.evaluation.statistics import (
     Estimate,
@@ -215,6 +216,7 @@ class TestLengthCorrected:
     @pytest.mark.parametrize(
         ("scores", "extra", "reason"),
         [
+            ([0.25, 0.75], [1, 2], "needs three queries or more"),
             ([1, 0, 1, 0], [2, 2, 2, 2], "differ from the baseline's by the same"),
             ([1, 1, 1, 1], [1, 2, 3, 4], "every query was won"),
             ([0, 0, 0, 0], [1, 2, 3, 4], "every query was lost"),
@@ -227,6 +229,28 @@ class TestLengthCorrected:
     def test_where_it_is_not_defined(self, scores, extra, reason):
         estimate, undefined = length_corrected(scores, extra)
         assert estimate is None and reason in undefined
+
+    def test_small_samples_give_the_best_fit_or_a_reason_and_never_nan(self):
+        rng, fitted, reasons = np.random.default_rng(7), 0, set()
+        hard = [([1.0, 0.75, 0.25, 1.0], [-3.0, 0.0, 1.0, -40.0]), ([0.25, 0.0, 0.25], [0.0, -3.0, -3.0])]
+        drawn = [
+            (rng.choice([0, 0.25, 0.5, 0.75, 1], n), rng.choice([-40.0, -3, -1, 0, 1, 2, 7], n))
+            for n in rng.integers(3, 8, size=100)
+        ]
+        for scores, extra in [*hard, *drawn]:
+            estimate, undefined = length_corrected(scores, extra)
+            if estimate is None:
+                reasons.add(undefined)
+                continue
+            fitted += 1
+            scores, extra = np.array(scores), np.array(extra)
+            design = np.stack([np.ones_like(extra), np.tanh(extra / extra.std())], axis=1)
+            found = scipy.optimize.minimize(
+                lambda x, s=scores, d=design: np.sum(np.logaddexp(0, d @ x) - s * (d @ x)), [0.0, 0.0], tol=1e-9
+            )
+            assert estimate.mean == pytest.approx(1 / (1 + math.exp(-found.x[0])), abs=1e-3)  # flat near separation
+            assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
+        assert fitted > 70 and "length alone separates the won queries from the lost" in reasons
 
     def test_covers_the_truth_where_the_raw_rate_does_not(self):
         rng, corrected, raw = np.random.default_rng(5), [], []

@@ -16,7 +16,7 @@ from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.chat_template import ChatTemplate
 from sami_jax.data.pairs import Pair
 from sami_jax.data.prompts import Prompt
-from sami_jax.errors import BadDataError, NonFiniteError, enough_memory
+from sami_jax.errors import NonFiniteError, enough_memory
 from sami_jax.huggingface.folder import folder_hash
 from sami_jax.huggingface.hub import model_name
 from sami_jax.huggingface.opened import LoadedModel, open_model
@@ -55,13 +55,7 @@ class LocalModel:
         self._config, self._dtype = config, compute_dtype
         self._opened = open_model(folder, mesh, compute_dtype)
         self._template = ChatTemplate(self._opened.tokenizer)
-        try:
-            self._template.spans("", "a")
-        except BadDataError as error:
-            reason = str(error).partition(" (")[0]
-            raise BadDataError(
-                f"{folder} cannot chat: {reason}. Take an instruction-tuned model with a chat template, or a server."
-            ) from error
+        self._template.check(folder)
         self.settings = {
             "model": folder_hash(folder),
             "max_tokens": config.max_tokens,

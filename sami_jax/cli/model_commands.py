@@ -184,11 +184,22 @@ def add_evaluate(commands: Any) -> None:
         help="config file, path.py or path.py:argument; its model is the base",
     )
     parser.add_argument("--baseline", type=local_path, help="the base's evaluation folder, to compare with")
-    parser.add_argument("--out", required=True, type=local_path, help="gets summary.json and results.jsonl")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=local_path,
+        help="gets summary.json and results.jsonl, and with a judge the comparisons in OUT/judge/",
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = load_settings(arguments)
+    from sami_jax.evaluation.comparison_table import comparison_table
+    from sami_jax.run.judging import JUDGE
     from sami_jax.run.single_stages import evaluate_folder
+    from sami_jax.stages.judge import read_comparison
 
     print(evaluate_folder(config, model=arguments.model, baseline=arguments.baseline, out=arguments.out))
+    for folder in sorted((arguments.out / JUDGE).glob("*/*/")):
+        opponent, split = folder.parts[-2:]
+        print(f"\nagainst {opponent}, {split}\n{comparison_table(*read_comparison(folder))}", file=sys.stderr)

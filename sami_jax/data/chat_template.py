@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sami_jax.data.tokenizer import Span, Tokenizer
 from sami_jax.errors import BadDataError
@@ -42,6 +43,16 @@ class ChatTemplate:
             f"the tokenizer's chat template changes the text of a turn ({user[:40]!r}...), so that its control tokens "
             "cannot be told from that text; set config.prompts.style=base, or mend the template."
         )
+
+    def check(self, folder: Path) -> None:
+        """Raises BadDataError, which names the model folder, where nobody can chat by this template."""
+        try:
+            self.spans("", "a")
+        except BadDataError as error:
+            reason = str(error).partition(" (")[0]
+            raise BadDataError(
+                f"{folder} cannot chat: {reason}. Take an instruction-tuned model with a chat template, or a server."
+            ) from error
 
     @functools.cached_property
     def lead(self) -> str:

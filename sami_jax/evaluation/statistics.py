@@ -201,23 +201,23 @@ def length_corrected(scores: ArrayLike, extra_length: ArrayLike) -> Corrected:
     """The win rate that a logistic regression on length gives responses as long as the baseline's.
 
     logit E[score] = a + b tanh(extra_length / its standard deviation), as in AlpacaEval's length-controlled win rate
-    (arXiv:2404.04475); the rate is sigmoid(a). Its interval is that of a, by a covariance that holds for ties, too
-    (HC1).
+    (arXiv:2404.04475); the rate is sigmoid(a). Its interval is that of a, by a covariance that holds for ties (HC1).
 
     Args:
         scores: [Q] as of `win_rate`.
         extra_length: [Q] length of the response minus the baseline's, in any unit.
     Returns:
-        The rate; undefined where all lengths differ by the same, where length alone separates the scores, so that the
-        regression has no finite solution, or where it finds none.
+        The rate; undefined with fewer than three queries, where all lengths differ by the same, where length alone
+        separates the scores, so that the regression has no finite solution, or where it finds none.
     Raises:
         ValueError: as `win_rate`, or the arrays do not match.
     """
     from statsmodels.genmod.families import Binomial
     from statsmodels.genmod.generalized_linear_model import GLM
-    from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
 
     array, extra = _checked_lengths(scores, extra_length)
+    if array.size < 3:
+        return Corrected(None, "a regression needs three queries or more")
     if np.ptp(extra) == 0:
         return Corrected(None, "all lengths differ from the baseline's by the same")
     # A tie is half a win and half a loss. No finite solution, if some length has all wins on one side and all losses on
@@ -229,13 +229,14 @@ def length_corrected(scores: ArrayLike, extra_length: ArrayLike) -> Corrected:
         return Corrected(None, "length alone separates the won queries from the lost")
     design = np.stack([np.ones_like(extra), np.tanh(extra / extra.std())], axis=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PerfectSeparationWarning)  # here: all scores are the same
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            fit = GLM(array, design, family=Binomial()).fit(cov_type="HC1", maxiter=200)
-        except (ConvergenceWarning, np.linalg.LinAlgError) as problem:
-            return Corrected(None, f"the regression finds no solution ({problem})")
-    at, error = float(fit.params[0]), float(fit.bse[0])
+        warnings.simplefilter("ignore")  # of separation, for one, where all scores are the same
+        # Not the defaults, reweighted least squares and the observed Hessian: near separation they come to NaN.
+        how = {"method": "bfgs", "optim_hessian": "eim", "maxiter": 500, "disp": False}
+        fit = GLM(array, design, family=Binomial()).fit(cov_type="HC1", **how)
+    at, variance = float(fit.params[0]), float(fit.cov_params()[0, 0])
+    if not fit.mle_retvals["converged"] or not math.isfinite(at + variance):
+        return Corrected(None, "the regression finds no solution: length all but separates won from lost")
+    error = math.sqrt(max(0.0, variance))  # 0 may have been rounded to less
     low, mean, high = (_sigmoid(at + z * error) for z in (-Z_95, 0.0, Z_95))
     return Corrected(Estimate(mean, low, high, array.size), "")
 

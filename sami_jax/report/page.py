@@ -10,6 +10,7 @@ import jinja2
 from sami_jax.evaluation.statistics import Estimate
 from sami_jax.files import write_text
 from sami_jax.report import charts, findings, samples, tables
+from sami_jax.report.comparisons import OUTCOMES, comparison_tables
 from sami_jax.report.measures import (
     ADHERENCE,
     FAITHFUL,
@@ -89,7 +90,8 @@ def render(run: Run) -> str:
         charts=charts,
         iteration_charts=charts.iteration_charts(run),
         training_charts=charts.training_charts(run),
-        tables=tables.number_tables(run),
+        tables=[*tables.number_tables(run), *comparison_tables(run.comparisons)],
+        outcomes=_outcomes(run),
         principles=tables.principle_tables(run),
         samples=samples.samples_by_split(run),
         n_first=samples.N_FIRST,
@@ -98,6 +100,16 @@ def render(run: Run) -> str:
         config=list(_flat(run.config)),
         info=list(_flat(run.info)),
     )
+
+
+def _outcomes(run: Run) -> dict[tuple[str, str, str], str]:
+    """(split, example id, constitution) -> what became of the last iteration's response against the base's."""
+    return {
+        (comparison.split, *pair): OUTCOMES[outcome]
+        for comparison in run.comparisons
+        if comparison.opponent == "base" and comparison.iteration == run.last.iteration
+        for pair, outcome in comparison.outcomes.items()
+    }
 
 
 def _grouped(changes: Sequence[findings.Change]) -> dict[str, dict[str, list[findings.Change]]]:

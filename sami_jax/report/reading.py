@@ -9,7 +9,8 @@ from sami_jax.errors import BadDataError
 from sami_jax.evaluation.results import QueryResult, naming, read_results
 from sami_jax.evaluation.statistics import Estimate
 from sami_jax.files import read_json, read_log
-from sami_jax.report.measures import METRICS, SPLIT_LABELS
+from sami_jax.report.comparisons import Comparison, read_comparisons
+from sami_jax.report.measures import METRICS, SPLIT_LABELS, WIN_RATE
 from sami_jax.stage_folder import check_sealed
 
 ESTIMATES = [key for metric in METRICS for key in (metric.key, metric.gain_key) if key]
@@ -70,6 +71,7 @@ class Run:
     evaluations: Sequence[Evaluation]  # the base first
     base_results: Sequence[QueryResult]
     last_results: Sequence[QueryResult] | None  # the same queries; None: only the base has been evaluated
+    comparisons: Sequence[Comparison]  # by a judge of pairs, in the order of iterations
     funnels: Mapping[int, Funnel]  # by iteration
     train_steps: Mapping[int, Sequence[TrainStep]]  # by iteration, then step
     stage_times: Mapping[tuple[int, str], float]  # (iteration, stage) -> seconds
@@ -112,6 +114,7 @@ def read_run(run_dir: Path) -> Run:
         evaluations=evaluations,
         base_results=base_results,
         last_results=last_results,
+        comparisons=[one for iteration in evaluated for one in read_comparisons(iteration, folders[iteration])],
         funnels=_read_funnels(folders),
         train_steps=_read_train_steps(run_dir / "metrics.jsonl"),
         stage_times=_read_stage_times(run_dir / "events.jsonl"),
@@ -127,6 +130,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """
     paths = {i: folder / "eval" / "summary.json" for i, folder in _iteration_folders(run_dir).items()}
     found = [_read_evaluation(path, iteration) for iteration, path in paths.items() if path.exists()]
+    found = [_with_win_rates(one, read_comparisons(one.iteration, paths[one.iteration].parents[1])) for one in found]
     if not found or found[0].iteration != 0:
         raise BadDataError(f"{run_dir} has no evaluation of its base (iter_000); go on with `sami run` first.")
     return found
@@ -149,6 +153,26 @@ def _read_evaluation(path: Path, iteration: int) -> Evaluation:
         names = sorted(raw["splits"], key=list(SPLIT_LABELS).index)
         splits = {name: _split_summary(raw["splits"][name]) for name in names}
         return Evaluation(iteration, raw["normalize"], float(raw["ceiling_nats"]), splits)
+
+
+def _with_win_rates(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> Evaluation:
+    """The evaluation, with the win rates against the base that a language model judged."""
+    splits = dict(evaluation.splits)
+    for comparison in comparisons:
+        split = splits.get(comparison.split)
+        if split is None or split.judge or comparison.opponent != "base":
+            continue
+        won = {} if comparison.win_rate is None else {WIN_RATE.key: comparison.win_rate}
+        splits[comparison.split] = dataclasses.replace(
+            split,
+            estimates={**split.estimates, **won},
+            wins=comparison.summary["wins"],
+            losses=comparison.summary["losses"],
+            ties=comparison.summary["ties"] + comparison.summary["inconsistent"],  # all queries at 0.5
+            win_rate_t=comparison.summary["t"],
+            judge=comparison.judge,
+        )
+    return dataclasses.replace(evaluation, splits=splits)
 
 
 def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:

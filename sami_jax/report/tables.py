@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from sami_jax.evaluation.statistics import Estimate
+from sami_jax.report.cells import Cell, NumberTable
 from sami_jax.report.findings import Direction, unpaired_direction
 from sami_jax.report.measures import (
     ADHERENCE,
@@ -22,23 +22,6 @@ from sami_jax.report.measures import (
     iteration_label,
 )
 from sami_jax.report.reading import Run, SplitSummary, read_evaluations
-
-
-class Cell(NamedTuple):
-    """A number and, in small print, its interval."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class NumberTable:
-    """Every metric (rows) of a split at every iteration (columns); None was not measured."""
-
-    name: str
-    judge: str | None
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell | None]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,17 +5,18 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from sami_jax.chat.opening import make_chat, open_answers
-from sami_jax.config.run import RunConfig
+from sami_jax.config.run import PRETRAINED, RunConfig
+from sami_jax.data.chat_template import ChatTemplate
 from sami_jax.errors import BadConfigError
 from sami_jax.evaluation.injection import attack_judge, attack_table
 from sami_jax.evaluation.results import read_results
 from sami_jax.huggingface.hub import fetch_model
+from sami_jax.huggingface.opened import open_model
 from sami_jax.processes import from_writer
 from sami_jax.progress import Progress
-from sami_jax.run.chats import given_source, given_to
+from sami_jax.run.chats import check_chat, given_source, given_to
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.sharding import use_platform
 from sami_jax.stage_folder import locked, refuse_foreign
@@ -105,22 +106,49 @@ def comparisons(
             yield f"{opponent}/{split}", stage
 
 
-def evaluate_instruct(config: RunConfig, **given: Any) -> Evaluate:
-    """The stage in which the instruction-tuned model answers a run's queries, through its chat template.
+def as_instruct(config: RunConfig) -> RunConfig:
+    """The settings by which the instruction-tuned model answers a run's queries: through its own chat template.
 
     It is asked what the base is asked, without what belongs to plain text: stop markers, forced words, the authors'
-    boundary. Its mutual information is measured like any other model's.
-
-    Args:
-      config: the settings.
-      **given: files of `Evaluate.of`: queries and principles.
+    boundary.
     """
-    folder = Path(from_writer(lambda: str(fetch_model(config.evaluation.instruct))))
-    model = model_source(folder)
     prompts = dataclasses.replace(config.prompts, style="chat", boundary="exact", response_prefix="")
     sampling = dataclasses.replace(config.sampling, stop=())
-    config = dataclasses.replace(config, prompts=prompts, sampling=sampling)
-    return Evaluate.of(config, 0, model=model, base=model, baseline=None, **given)
+    return dataclasses.replace(config, model=config.evaluation.instruct, prompts=prompts, sampling=sampling)
+
+
+def instruct_folder(config: RunConfig) -> Path:
+    """The instruction-tuned model's folder, fetched where it is a name. Raises BadDataError where there is none."""
+    return Path(from_writer(lambda: str(fetch_model(config.evaluation.instruct))))
+
+
+def evaluate_instruct(config: RunConfig, *, queries: Source, principles: Source) -> Evaluate:
+    """The stage in which the instruction-tuned model answers a run's queries; its mutual information is measured, too.
+
+    Args:
+      config: the run's settings.
+      queries: file of evaluation queries.
+      principles: file of principles, or folder of constitutions.
+    """
+    model = model_source(instruct_folder(config))
+    files = {"queries": queries, "principles": principles}
+    return Evaluate.of(as_instruct(config), 0, model=model, base=model, baseline=None, **files)
+
+
+def check_judging(config: RunConfig) -> None:
+    """Refuses a judge that cannot be asked and an instruction-tuned model that cannot chat, before anything is made.
+
+    Raises:
+      BadConfigError: the key of a server is missing.
+      BadDataError: a model or a record cannot be used.
+      FetchFailedError: a model could not be downloaded.
+    """
+    evaluation = config.evaluation
+    if evaluation.is_asked and PRETRAINED not in evaluation.judge:
+        check_chat(evaluation.chat, config)
+    if evaluation.instruct and PRETRAINED not in evaluation.instruct:
+        folder = instruct_folder(config)
+        ChatTemplate(open_model(folder, config.mesh, config.compute_dtype).tokenizer).check(folder)
 
 
 def _given(config: RunConfig) -> Source | None:

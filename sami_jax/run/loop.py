@@ -1,17 +1,19 @@
 """The loop of Algorithm 1 over a run directory: each stage completed once, resumed where it was left."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sami_jax.clock import time_now
 from sami_jax.config.run import RunConfig, check_training
+from sami_jax.errors import UnavailableError
 from sami_jax.files import append_jsonl
 from sami_jax.processes import agreed, enter_once, from_writer, is_writer
 from sami_jax.report.page import write_report
 from sami_jax.run.agreement import Given, check_alike, check_seen, read_given
 from sami_jax.run.attempts import QUERIES, attempt, forgotten_if_refused, has_begun
+from sami_jax.run.judging import INSTRUCT, JUDGE, RESULTS, comparisons, evaluate_instruct
 from sami_jax.run.opening import begun_config, check_queries, needs_pretraining, open_run, with_pretrained
 from sami_jax.run.principles import WRITTEN, with_principles
 from sami_jax.run.queries import check_counts, with_queries
@@ -89,9 +91,13 @@ class _Run:
         """Completes every stage in order, then writes the report."""
         config, principles = self._config, self._given.principles
         base = model = self._given.model
-        given: dict[str, Any] = {"base": base, "queries": self._given.evaluation, "principles": principles}
-        baseline = self._complete(0, "eval", Evaluate.of(config, 0, model=base, baseline=None, **given))
-        baseline = Source(baseline.path / "results.jsonl", baseline.fingerprint)
+        asked = {"queries": self._given.evaluation, "principles": principles}
+        given: dict[str, Any] = {"base": base, **asked}
+        evaluated = [self._complete(0, "eval", Evaluate.of(config, 0, model=base, baseline=None, **given))]
+        baseline = Source(evaluated[0].path / RESULTS, evaluated[0].fingerprint)
+        opponents = {"base": evaluated[0]}
+        if config.evaluation.instruct:
+            opponents[INSTRUCT] = self._complete(0, INSTRUCT, evaluate_instruct(config, **asked))
         for i in range(1, config.iterations + 1):
             sample = Sample.of(config, i, model=model, queries=self._given.train, principles=principles)
             sampled = self._complete(i, "sample", sample)
@@ -99,12 +105,31 @@ class _Run:
             trained = self._complete(i, "train", Train.of(config, i, base=base, pairs=pairs))
             model = self._complete(i, "export", Export.of(config, i, base=base, trained=trained))
             drop_checkpoints(config.train, trained=trained.path)
-            self._complete(i, "eval", Evaluate.of(config, i, model=model, baseline=baseline, **given))
+            evaluated.append(self._complete(i, "eval", Evaluate.of(config, i, model=model, baseline=baseline, **given)))
         page = self._workdir / "report" / "index.html"
+        try:
+            self._judge(evaluated, opponents)
+        except UnavailableError:
+            if is_writer():
+                self._report(page)  # of all that was measured
+            raise
         with agreed():
             if is_writer():
                 self._report(page)
         return page
+
+    def _judge(self, evaluated: Sequence[Source], opponents: dict[str, Source]) -> None:
+        """Compares every iteration with the base, and with the instruction-tuned model.
+
+        Nothing but the report depends on it, so it comes last: a judge that does not answer stops no training.
+        """
+        if self._config.evaluation.judge == "none":
+            return
+        log = self._workdir / JUDGE / "answers.jsonl"
+        for iteration, model in enumerate(evaluated):
+            against = {name: other for name, other in opponents.items() if other is not model}
+            for name, stage in comparisons(self._config, evaluated=model, against=against, log=log):
+                self._complete(iteration, f"{JUDGE}/{name}", stage)
 
     def _report(self, page: Path) -> None:
         if self._has_worked or not page.exists():

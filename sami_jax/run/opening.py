@@ -29,6 +29,7 @@ from sami_jax.processes import agreed, differences, from_writer, is_writer, proc
 from sami_jax.run.agreement import refuse_unseen
 from sami_jax.run.attempts import QUERIES, drop_queries
 from sami_jax.run.chats import check_chat
+from sami_jax.run.judging import as_instruct, check_judging, instruct_folder
 from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
@@ -64,6 +65,7 @@ def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> Ru
         return _open_begun(config, workdir, say)
     if config.constitutions.to_be_written:
         check_chat(config.constitutions.writer, config)
+    check_judging(config)
     with _dropped_if_refused(workdir / QUERIES):
         found = with_files(config, workdir / QUERIES, iterations=config.iterations, say=say)
         _check_disk(found, workdir, say)
@@ -211,6 +213,10 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
 
     for evaluated in evaluated_tasks(config).values():
         check(evaluated, config.queries.evaluation)
+        if config.evaluation.instruct:
+            instruct = open_model(instruct_folder(config), config.mesh, config.compute_dtype)
+            prompts, file = as_instruct(config).prompts, source_of(Path(config.queries.evaluation))
+            check_tasks(instruct, evaluated, prompts, new_tokens=config.sampling.max_new_tokens, file=file)
     pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
         half = alternating_half(read_queries(Path(config.queries.train)), iteration)

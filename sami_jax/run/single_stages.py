@@ -17,9 +17,10 @@ from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
 from sami_jax.outputs import check_file, check_folder, is_stream, refuse_file
 from sami_jax.run.chats import given_source
+from sami_jax.run.judging import INSTRUCT, JUDGE, RESULTS, check_judging, comparisons, evaluate_instruct
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
 from sami_jax.run.queries import with_queries
-from sami_jax.safe_point import stop_on_signal
+from sami_jax.safe_point import SafePoint, stop_on_signal
 from sami_jax.sharding import use_platform
 from sami_jax.stage_folder import DONE, PLAN, check_stage_file, locked, read_done, refuse_foreign
 from sami_jax.stages.evaluate import Evaluate
@@ -29,6 +30,7 @@ from sami_jax.stages.score import Score
 from sami_jax.stages.score_principles import ScorePrinciples
 from sami_jax.stages.stage import (
     FileStage,
+    Source,
     complete,
     complete_file,
     constitutions_source,
@@ -79,6 +81,8 @@ def train_folder(config: RunConfig, *, model: str, pairs: Path, out: Path) -> Pa
 def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out: Path) -> Path:
     """Evaluates a model as a run would, against the base's evaluation folder where one is given.
 
+    Comparisons by the config's judge lie in `out/judge/`, what the instruction-tuned model answered in `out/instruct/`.
+
     Args:
       config: the settings; its model is the base.
       model: a folder, or a name on the Hub.
@@ -89,8 +93,9 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
       `out/summary.json`.
 
     Raises:
-      BadConfigError: `out` was made from other inputs.
+      BadConfigError: `out` was made from other inputs, or nobody can be asked who judges.
       BadDataError: a folder cannot be used.
+      UnavailableError: the judge does not answer now.
     """
     refuse_foreign(out)
     use_platform(config.platform)
@@ -98,6 +103,7 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
         queries = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "queries"
         config = with_files(config, queries, iterations=0, say=_say)
         check_mesh(config)
+        check_judging(config)
         folder = fetch_model(model)
         read_config(folder)
         stack.enter_context(locked(out))
@@ -116,7 +122,26 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
         if not (out / DONE).is_file():
             check_queries(config, iterations=0)
         complete(stage, out, safe_point=safe_point)
+        _judge_evaluated(config, stage, out, baseline=baseline, safe_point=safe_point)
     return out / "summary.json"
+
+
+def _judge_evaluated(
+    config: RunConfig, stage: Evaluate, out: Path, *, baseline: Path | None, safe_point: SafePoint
+) -> None:
+    """Compares what was evaluated with its baseline, and with the instruction-tuned model, which answers first."""
+    against = {} if baseline is None else {"base": Source(baseline, file_source(baseline / RESULTS).fingerprint)}
+    if config.evaluation.judge == "none":
+        return
+    if config.evaluation.instruct:
+        instruct = evaluate_instruct(config, queries=stage.queries, principles=stage.principles)
+        against[INSTRUCT] = complete(instruct, out / INSTRUCT, safe_point=safe_point).source
+    elif not against:
+        return
+    evaluated = Source(out, file_source(out / RESULTS).fingerprint)
+    log = out / JUDGE / "answers.jsonl"
+    for name, comparison in comparisons(config, evaluated=evaluated, against=against, log=log):
+        complete(comparison, out / JUDGE / name, safe_point=safe_point)
 
 
 def generate_file(
