@@ -24,6 +24,7 @@ from sami_jax.chat.questions import Question, reply_to_json
 from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.config.chat import WriterConfig
 from sami_jax.config.data import ConstitutionsConfig, QueriesConfig
+from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
@@ -31,19 +32,20 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.data.principles import read_principles
 from sami_jax.data.rendering import plain_prompt
 from sami_jax.errors import BadDataError
-from sami_jax.files import write_json
+from sami_jax.files import read_json, write_json
 from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.opened import load_model
 from sami_jax.processes import agreed, check_same, from_writer, is_writer
 from sami_jax.responding import respond
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
-from sami_jax.run.principles import given_source
+from sami_jax.run.chats import given_source
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring import make_batch
 from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
 from sami_jax.stages.export import convert
+from sami_jax.stages.judge import Judge
 from sami_jax.stages.score import Scoring, matrices
-from sami_jax.stages.stage import Output, Stage, complete
+from sami_jax.stages.stage import Output, Stage, complete, file_source
 from sami_jax.stages.train import abstract_train_state, fresh_state
 from sami_jax.stages.write_principles import WritePrinciples
 from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
@@ -119,6 +121,30 @@ def chats(folder: Path) -> dict[str, Any]:
         for user in ("one", "two", "one", "refuse"):
             [reply] = answers.ask([Question(user)])
             seen["asked"].append(reply_to_json(reply))
+    return seen
+
+
+def judges(folder: Path) -> dict[str, Any]:
+    """What this process sees of comparisons by a server and by a model on all devices; each stage twice."""
+    seen: dict[str, Any] = {}
+    asked = {
+        "server": EvaluationConfig(judge="server", base_url=(folder / "url").read_text(), judge_model="big"),
+        "model": EvaluationConfig(judge=f"model:{folder / 'talking'}"),
+    }
+    for name, evaluation in asked.items():
+        place = folder / "judged" / name
+        stage = Judge.of(
+            RunConfig(mesh=MeshConfig(data=DEVICES), evaluation=evaluation),
+            responses=file_source(folder / "ours.json"),
+            baseline=file_source(folder / "theirs.json"),
+            split="",
+            given=given_source(evaluation.chat),
+            log=place / "answers" / "answers.jsonl",
+        )
+        for _ in range(2):
+            complete(stage, place, safe_point=lambda: None)
+        summary = read_json(place / "summary.json")
+        seen[name] = {key: summary[key] for key in ("n", "wins", "losses", "ties", "inconsistent", "excluded")}
     return seen
 
 
@@ -270,6 +296,7 @@ def main(port: str, process: int, folder: Path) -> None:
             facts["failures"] = failures(folder, states["restored"], process)
             facts |= stages(folder)
             facts["chats"] = chats(folder)
+            facts["judges"] = judges(folder)
             # The untrained weights, of which this process reads its own half.
             model = out / f"model-{process}"
             convert(mesh, model=model, out=out / "converted", dtype="float16", verify=True)

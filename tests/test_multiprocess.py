@@ -21,11 +21,13 @@ import multiprocess_worker as worker
 from chat_server import ChatHandler, chatting, completion
 from sami_jax.checkpoints import Checkpoints, fingerprint
 from sami_jax.config.mesh import MeshConfig
+from sami_jax.data.authors import AnsweredQuestion, responses_text
 from sami_jax.huggingface.families import config_to_huggingface
 from sami_jax.huggingface.folder import read_config, save_finetuned, save_model
 from sami_jax.model.decoder import abstract_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import make_mesh, param_shardings
+from server_judges import parts, shorter
 from talking_model import write_talking_model
 from tiny_models import FAMILIES, random_params, write_tokenizer
 
@@ -124,6 +126,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.txt").write_text("mine")
     write_talking_model(folder / "talking", BLOCKS)
+    for name, texts in (("ours", ("a", "b", "longer")), ("theirs", ("longer", "longer", "a"))):
+        rows = [AnsweredQuestion("1. Be brief.", f"Post {i}", text) for i, text in enumerate(texts)]
+        (folder / f"{name}.json").write_text(responses_text(rows))
     with chatting(writes_or_echoes) as chat:
         (folder / "url").write_text(chat.url)
         launch(folder)
@@ -138,6 +143,8 @@ def writes_or_echoes(handler: ChatHandler, asked: dict[str, Any]) -> None:
     user = asked["messages"][-1]["content"]
     if user == "refuse":
         handler.send(200, completion(None, refusal="I cannot."))
+    elif "Verdict: A" in user:
+        handler.send(200, completion(shorter(parts(asked))))
     else:
         handler.send(200, completion(PRINCIPLES_TEXT if user.startswith("Write") else user[::-1]))
 
@@ -163,8 +170,18 @@ def test_a_server_is_asked_by_one_process_and_a_model_by_both(folder):
     texts = [reply["answer"]["text"] if "answer" in reply else reply["failure"]["kind"] for reply in chats["asked"]]
     assert texts == ["eno", "owt", "eno", "refused"]
     asked = json.loads((folder / "asked.json").read_text())
-    assert [user for user in asked if not user.startswith("Write")] == ["one", "two", "refuse"]
-    assert len(asked) == 4
+    assert [user for user in asked if not user.startswith(("Write", "You compare"))] == ["one", "two", "refuse"]
+    assert len([user for user in asked if user.startswith("Write")]) == 1
+
+
+def test_a_judge_is_asked_by_one_process_or_by_both_and_both_know_who_won(folder):
+    judged, others = (seen(folder, "mistral", process)[1]["judges"] for process in (0, 1))
+    assert judged == others
+    nothing = {"n": 3, "wins": 0, "losses": 0, "ties": 0, "inconsistent": 0, "excluded": 0}
+    # To the model all but its own lines is equally likely.
+    assert judged == {"server": nothing | {"wins": 2, "losses": 1}, "model": nothing | {"ties": 3}}
+    asked = json.loads((folder / "asked.json").read_text())
+    assert len([user for user in asked if user.startswith("You compare")]) == 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
