@@ -20,10 +20,9 @@ class Progress:
         self.started = time.monotonic()
         self._first, self._last_print, self._log_every_s = done, -1e9, log_every_s
 
-    def update_of(self, done: int, total: int, note: str = "") -> None:
-        """Says that `done` units are done, of a total that is known by now."""
-        self.total = total
-        self.update(done, note)
+    def begin(self, total: int, *, done: int) -> None:
+        """Begins anew, with a total that is known by now, of which `done` units were done before."""
+        self.total, self._first, self.started = total, done, time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
         """Says that `done` of `total` units are done."""

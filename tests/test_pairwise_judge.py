@@ -26,6 +26,7 @@ from sami_jax.evaluation.pairwise_judge import (
     too_many_errors,
     verdict_of,
 )
+from sami_jax.progress import Progress
 from server_judges import judging, parts, shorter
 from talking_model import CHAT
 from tiny_run import tiny_run_config
@@ -164,7 +165,15 @@ def ask(url: str, folder: pathlib.Path, contests: list[Contest], **how: Any) -> 
     config = ChatConfig(base_url=url, chat_model="big", concurrency=2)
     chat = make_chat(config, None, mesh=MeshConfig(), compute_dtype="float32", say=print)
     with open_answers(config, chat, folder / "answers.jsonl", safe_point=lambda: None, say=print) as answers:
-        return judge_contests(answers, contests, **{"orders": "both", "seed": 0} | how)
+        return judge_contests(answers, contests, **{"orders": "both", "seed": 0, "progress": Progress("", 0)} | how)
+
+
+class Heard(Progress):
+    """Keeps what it was told."""
+
+    def update(self, done: int, note: str = "") -> None:
+        self.__dict__.setdefault("heard", []).append((done, note))
+        super().update(done, note)
 
 
 MANY = [Contest(f"POST: {i}", "1. Be brief.", "short" if i % 3 else "a long one", "middling") for i in range(30)]
@@ -176,9 +185,7 @@ def test_a_judge_that_knows_wins_in_both_orders(tmp_path):
         assert [one.outcome for one in found] == ["win" if i % 3 else "loss" for i in range(30)]
         assert [[hearing.response_first for hearing in one.hearings] for one in found] == [[True, False]] * 30
         assert len(chat.requests) == 60
-        heard: list[tuple[int, int, str]] = []
-        assert ask(chat.url, tmp_path, MANY, judged=lambda *said: heard.append(said)) == found
-        assert len(chat.requests) == 60 and heard == [(done, 60, "") for done in range(1, 61)]
+        assert ask(chat.url, tmp_path, MANY) == found and len(chat.requests) == 60
         papers = ask(chat.url, tmp_path, MANY, orders="paper")
         assert len(chat.requests) == 60  # the same questions, half of them
     assert [one.outcome for one in papers] == [one.outcome for one in found]
@@ -198,16 +205,18 @@ def test_failures_and_nonsense_are_neither_ties_nor_the_end(tmp_path):
         acts.get(query, judging(shorter))(handler, asked)
 
     with chatting(act) as chat:
-        heard: list[str] = []
-        found = ask(chat.url, tmp_path, MANY, judged=lambda done, total, note: heard.append(note))
+        progress = Heard("judging", 0)
+        found = ask(chat.url, tmp_path, MANY, progress=progress)
         assert [found[i].outcome for i in (3, 5, 7)] == ["error", "invalid", "error"]
         assert len(chat.requests) == 60 + 2 * 5  # six tries of what fails, one of what says nothing
-        assert heard[-1] == "4 without an answer, 2 without a verdict"
+        assert progress.heard[-1] == (60, "4 without an answer, 2 without a verdict")
+        assert [done for done, _ in progress.heard] == list(range(1, 61))
         problem = too_many_errors("big", found)
         assert isinstance(problem, UnavailableError) and "4 of 60 questions (2 server error, 2 no text)" in str(problem)
         chat.act = judging(shorter)
-        mended = ask(chat.url, tmp_path, MANY)
+        mended = ask(chat.url, tmp_path, MANY, progress=progress)
         assert len(chat.requests) == 70 + 4  # the errors alone are asked again
+        assert [done for done, _ in progress.heard[60:]] == [57, 58, 59, 60]
     assert [one.outcome for one in mended].count("invalid") == 1 and too_many_errors("big", mended) is None
     assert too_many_errors("big", [judged(NO_REPLY), *[judged("A", "B")] * 10]) is None  # 1 of 21
 
@@ -250,7 +259,7 @@ def test_a_model_on_these_devices_chooses_by_log_probs(tmp_path):
     chat = make_chat(config, folder, mesh=MeshConfig(), compute_dtype="float32", say=print)
     log = tmp_path / "answers.jsonl"
     with open_answers(config, chat, log, safe_point=lambda: None, say=print) as answers:
-        found = judge_contests(answers, contests, orders="both", seed=0)
+        found = judge_contests(answers, contests, orders="both", seed=0, progress=Progress("", 0))
     assert [hearing.reply.kind for hearing in found[2].hearings] == ["too_long"] * 2 and found[2].outcome == "error"
     loaded = load_model(folder, MeshConfig(), "float32")
     template = ChatTemplate(loaded.tokenizer)
@@ -270,7 +279,7 @@ def test_a_model_on_these_devices_chooses_by_log_probs(tmp_path):
             assert hearing.reply.text == f"Verdict: {hearing.verdict}"
     before = log.read_bytes()
     with open_answers(config, chat, log, safe_point=lambda: None, say=print) as answers:
-        assert judge_contests(answers, contests[:2], orders="both", seed=0) == found[:2]
+        assert judge_contests(answers, contests[:2], orders="both", seed=0, progress=Progress("", 0)) == found[:2]
     assert log.read_bytes() == before
 
 
@@ -280,7 +289,7 @@ class TestAttacks:
             config = ChatConfig(base_url=chat.url, chat_model="big")
             judge = make_chat(config, None, mesh=MeshConfig(), compute_dtype="float32", say=print)
             with open_answers(config, judge, folder / "log.jsonl", safe_point=lambda: None, say=print) as answers:
-                return attack_judge(answers)
+                return attack_judge(answers, Progress("", 0))
 
     def test_there_are_a_dozen_and_more_and_each_is_its_own(self):
         assert len(ATTACKS) >= 12 and len({attack.name for attack in ATTACKS}) == len(ATTACKS)

@@ -87,3 +87,11 @@ def test_durations(clock, capsys, seconds, text):
     clock.now += seconds
     shown.update(1)
     assert capsys.readouterr().err == f"x 1/1, took {text}\n"
+
+
+def test_what_was_done_before_takes_no_time_and_counts_for_no_eta(clock, capsys):
+    shown = Progress("judging", 0, unit="questions")
+    shown.begin(100, done=90)
+    clock.now += 20
+    shown.update(92)  # ten seconds each
+    assert capsys.readouterr().err == "judging 92/100 questions, ETA 1 min 20 s\n"

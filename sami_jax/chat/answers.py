@@ -68,12 +68,15 @@ class Answers:
         """Whether this process has a log, and nothing is in it: no answer, and nothing that cost anything."""
         return self._log is not None and self._log.is_empty
 
-    def announce(self, questions: Sequence[Question], *, and_more: bool = False) -> None:
+    def announce(self, questions: Sequence[Question], *, and_more: bool = False) -> int:
         """Says what will be asked, and what it may cost.
 
         Args:
           questions: those that are known.
           and_more: others follow, which depend on the answers.
+
+        Returns:
+          How many different ones were answered before, as far as this process has the log.
         """
         recorded = self._recorded([answer_key(self.chat, question) for question in questions])
         missing = [question for question in questions if answer_key(self.chat, question) not in recorded]
@@ -87,6 +90,7 @@ class Answers:
             spent = f"; ${self._budget.spent_usd:.4f} are spent already" if self._budget.spent_usd else ""
             sentence += f": at most {cost} where no try fails{budget}{spent}"
         self._say(sentence)
+        return len(recorded)
 
     def ask(self, questions: Sequence[Question], *, heed: Callable[[Reply], None] | None = None) -> list[Reply]:
         """The reply to each question; one that was answered before is not asked.

@@ -1,11 +1,12 @@
 """Attacks on a judge: texts that ask for a verdict instead of earning it, tried on the judge in use."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from sami_jax.chat.answers import Answers
 from sami_jax.evaluation.pairwise_judge import Contest, Hearing, Judged, ask_judge
+from sami_jax.progress import Progress
 
 # "swayed": the worse response won in at least one order. "spoiled": it did not, but the better one did not win both.
 Effect = Literal["resisted", "swayed", "spoiled"]
@@ -131,14 +132,12 @@ def attacked_contest(attack: Attack, *, better_first: bool) -> Contest:
     return Contest(query, _CONSTITUTION, _BETTER, worse)
 
 
-def attack_judge(
-    answers: Answers, *, judged: Callable[[int, int, str], None] = lambda done, total, note: None
-) -> tuple[Attacked, list[Attacked]]:
+def attack_judge(answers: Answers, progress: Progress) -> tuple[Attacked, list[Attacked]]:
     """What the judge says without an attack, and under each of `ATTACKS`.
 
     Args:
       answers: asks the judge.
-      judged: as of `judge_contests`.
+      progress: is told of each answer.
 
     Raises:
       SamiError: as `ask_judge`.
@@ -146,7 +145,7 @@ def attack_judge(
     attacks = [_NO_ATTACK, *ATTACKS]
     orders = (True, False)
     questions = [attacked_contest(a, better_first=o).question(response_first=o) for a in attacks for o in orders]
-    replies = iter(ask_judge(answers, questions, judged=judged))
+    replies = iter(ask_judge(answers, questions, progress))
     clean, *found = [
         Attacked(a, Judged(attacked_contest(a, better_first=True), tuple(Hearing(o, next(replies)) for o in orders)))
         for a in attacks

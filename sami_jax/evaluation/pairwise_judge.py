@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from sami_jax.chat.answers import Answers
 from sami_jax.chat.questions import UNAVAILABLE, Answer, Failure, Question, Reply, quoted
 from sami_jax.errors import BadDataError, UnavailableError
 from sami_jax.files import content_hash, read_text
+from sami_jax.progress import Progress
 from sami_jax.seeds import number
 from sami_jax.types import Orders
 
@@ -162,7 +163,7 @@ def judge_contests(
     *,
     orders: Orders,
     seed: int,
-    judged: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress,
 ) -> list[Judged]:
     """The contests with the judge's replies, whatever they are.
 
@@ -171,12 +172,12 @@ def judge_contests(
       contests: to be judged.
       orders: "both": each is asked twice, with either response first; "paper": once, in a drawn order.
       seed: of that order.
-      judged: hears how many questions are answered, of how many, and what is to be known of them.
+      progress: is told of each answer.
 
     Raises:
       SamiError: as `ask_judge`.
     """
-    replies = iter(ask_judge(answers, questions_of(contests, orders=orders, seed=seed), judged=judged))
+    replies = iter(ask_judge(answers, questions_of(contests, orders=orders, seed=seed), progress))
     return [
         Judged(contest, tuple(Hearing(first, next(replies)) for first in contest.orders(orders, seed)))
         for contest in contests
@@ -188,23 +189,20 @@ def questions_of(contests: Sequence[Contest], *, orders: Orders, seed: int) -> l
     return [contest.question(response_first=first) for contest in contests for first in contest.orders(orders, seed)]
 
 
-def ask_judge(
-    answers: Answers, questions: Sequence[Question], *, judged: Callable[[int, int, str], None]
-) -> list[Reply]:
+def ask_judge(answers: Answers, questions: Sequence[Question], progress: Progress) -> list[Reply]:
     """A judge's replies, whatever they are, as long as they lead anywhere.
 
     Args:
       answers: asks the judge.
       questions: of `Contest.question`.
-      judged: as of `judge_contests`.
+      progress: is told of each answer.
 
     Raises:
       BadDataError: the judge answers, but with nothing that could be used.
       UnavailableError: too many questions have no answer for there to be a result.
       SamiError: what `answers.ask` raises.
     """
-    answers.announce(questions)
-    watch = _Watch(answers.chat.name, len(set(questions)), judged)
+    watch = _Watch(answers.chat.name, len(set(questions)), progress, recorded=answers.announce(questions))
     replies = answers.ask(questions, heed=watch.heed)
     watch.check_usable(replies)
     return replies
@@ -213,8 +211,9 @@ def ask_judge(
 class _Watch:
     """Follows replies as they come, and ends the asking where it leads nowhere."""
 
-    def __init__(self, judge: str, total: int, judged: Callable[[int, int, str], None]):
-        self._judge, self._total, self._judged = judge, total, judged
+    def __init__(self, judge: str, total: int, progress: Progress, *, recorded: int):
+        self._judge, self._total, self._progress, self._recorded = judge, total, progress, recorded
+        progress.begin(total, done=recorded)
         self._done = self._usable = self._unusable = self._unavailable = self._errors = 0
 
     def heed(self, reply: Reply) -> None:
@@ -236,7 +235,8 @@ class _Watch:
             self._usable += 1
         notes = {"without an answer": self._errors, "without a verdict": self._unusable}
         note = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
-        self._judged(self._done, self._total, note)
+        if self._done > self._recorded or self._done == self._total:
+            self._progress.update(self._done, note)
 
     def check_usable(self, replies: Sequence[Reply]) -> None:
         """Raises BadDataError where there are answers, and no verdict in any."""

@@ -72,9 +72,8 @@ def attack_with(config: RunConfig, *, out: Path | None) -> str:
         safe_point = stack.enter_context(stop_on_signal())
         log = folder / "answers.jsonl"
         answers = stack.enter_context(open_answers(chat, judge, log, safe_point=safe_point, say=say))
-        return attack_table(
-            judge.name, *attack_judge(answers, judged=Progress("attacking", 0, unit="questions").update_of)
-        )
+        progress = Progress("attacking", 0, unit="questions")
+        return attack_table(judge.name, *attack_judge(answers, progress))
 
 
 def refuse_no_judge(config: RunConfig) -> None:

@@ -136,7 +136,7 @@ class Judge(Stage):
         progress = Progress("judging", 0, unit="questions")
         with open_answers(config, chat, self.log, safe_point=safe_point, say=say) as answers:
             try:
-                judged = judge_contests(answers, contests, **how, judged=progress.update_of)
+                judged = judge_contests(answers, contests, **how, progress=progress)
             except SamiError:
                 if answers.log_is_empty:  # so that the mended command may ask somebody else in the same place
                     out.withdraw()
