@@ -1,5 +1,6 @@
 """A run whose responses a language model compares, with the base's and an instruction-tuned model's."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from chat_server import KEY, ChatServer, chatting, drops
+from chat_server import KEY, ChatServer, chatting, drops, says
 from sami_jax.chat import client
 from sami_jax.chat.answer_log import read_log
 from sami_jax.chat.questions import Answer
 from sami_jax.cli.main import main
 from sami_jax.config.fields import to_dict
 from sami_jax.config.run import RunConfig, from_dict
-from sami_jax.errors import BadDataError, UnavailableError
+from sami_jax.errors import BadConfigError, BadDataError, UnavailableError
 from sami_jax.evaluation.results import read_results
 from sami_jax.files import read_json, read_jsonl, write_json
 from sami_jax.report.reading import read_run
@@ -195,6 +196,49 @@ def test_some_errors_are_asked_again_when_the_run_is_started_again(judged_run, t
     run(None, copy)
     assert 0 < len(chat.requests) - before <= len(lines) - len(kept) and (place / "DONE.json").exists()
     assert read_json(place / "summary.json") == read_json(workdir / "iter_001/judge/base/learned/summary.json")
+
+
+def unjudged(workdir: pathlib.Path, copy: pathlib.Path) -> pathlib.Path:
+    """A copy of a run in which everything but judging is done."""
+    shutil.copytree(workdir, copy)
+    for path in (*copy.glob("**/judge"), copy / "report"):
+        shutil.rmtree(path, ignore_errors=True)
+    return copy
+
+
+def test_a_budget_is_that_of_all_comparisons_and_may_be_raised(judged_run, tmp_path):
+    config, workdir, chat, _ = judged_run
+    copy = unjudged(workdir, tmp_path / "run")
+
+    def with_budget(usd: float) -> RunConfig:
+        prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0}
+        return dataclasses.replace(
+            config, evaluation=dataclasses.replace(config.evaluation, max_tokens=2048, max_cost_usd=usd, **prices)
+        )
+
+    before = len(chat.requests)
+    with pytest.raises(BadConfigError, match=r"budget of \$0.0036 is spent.*raise max_cost_usd to go on"):
+        run(with_budget(0.0036), copy)
+    paid = len(chat.requests) - before
+    assert 0 < paid < 48 and (copy / "report" / "index.html").exists()
+    run(with_budget(1.0), copy)
+    assert len(chat.requests) - before == 48
+    costs = [read_json(path)["cost_usd"] for path in copy.glob("iter_*/judge/*/*/summary.json")]
+    assert len(costs) == 3 and sum(costs) == pytest.approx(48 * 15e-6)
+    with pytest.raises(BadConfigError, match="started with other settings .*evaluation.orders"):
+        run(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, orders="paper")), copy)
+
+
+def test_a_judge_that_says_nothing_usable_leaves_a_report_and_is_shown(judged_run, tmp_path):
+    _, workdir, chat, _ = judged_run
+    copy, act = unjudged(workdir, tmp_path / "run"), chat.act
+    chat.act = says("Lovely, both.")
+    try:
+        with pytest.raises(BadDataError, match="'Lovely, both.'"):
+            run(None, copy)
+    finally:
+        chat.act = act
+    assert "there was no judge" in (copy / "report" / "index.html").read_text()
 
 
 def test_what_cannot_judge_or_chat_is_refused_before_anything_is_made(tmp_path, monkeypatch):

@@ -9,6 +9,15 @@ from sami_jax.errors import BadConfigError
 
 OPENAI_URL = "https://api.openai.com/v1"
 REPLAY = "replay:"
+# Settings of who may be asked, how fast and for how much: no answer depends on them.
+FREE = (
+    "api_key_env",
+    "concurrency",
+    "timeout_s",
+    "max_cost_usd",
+    "usd_per_million_input_tokens",
+    "usd_per_million_output_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

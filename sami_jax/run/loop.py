@@ -7,7 +7,7 @@ from typing import Any
 
 from sami_jax.clock import time_now
 from sami_jax.config.run import RunConfig, check_training
-from sami_jax.errors import UnavailableError
+from sami_jax.errors import BadConfigError, BadDataError, UnavailableError
 from sami_jax.files import append_jsonl
 from sami_jax.processes import agreed, enter_once, from_writer, is_writer
 from sami_jax.report.page import write_report
@@ -109,7 +109,7 @@ class _Run:
         page = self._workdir / "report" / "index.html"
         try:
             self._judge(evaluated, opponents)
-        except UnavailableError:
+        except (BadConfigError, BadDataError, UnavailableError):  # a spent budget, a judge that says nothing or is away
             if is_writer():
                 self._report(page)  # of all that was measured
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sami_jax.clock import time_now
+from sami_jax.config.chat import FREE
 from sami_jax.config.data import ConstitutionsConfig
 from sami_jax.config.fields import to_dict
 from sami_jax.config.run import PRETRAINED, RunConfig, from_dict
@@ -101,7 +102,7 @@ def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
             f"{workdir} was begun by another version of sami_jax, whose stages this one cannot go on with; finish it "
             "there, or choose another --workdir."
         )
-    begun = begun_config(workdir)
+    begun = _with_free_settings(begun_config(workdir), config)
     changed = differences(to_dict(begun), to_dict(config))
     if changed:
         named = "; ".join(f"{name}: {before!r} -> {after!r}" for name, (before, after) in changed.items())
@@ -113,6 +114,18 @@ def _open_begun(config: RunConfig, workdir: Path, say: Callable[[str], None]) ->
     found = with_files(begun, workdir / QUERIES, iterations=begun.iterations, say=say)
     _check_disk(found, workdir, say)
     return found
+
+
+def _with_free_settings(begun: RunConfig, config: RunConfig) -> RunConfig:
+    """What a run was begun with, but for settings that no answer depends on: a budget may be raised on the way."""
+
+    def free(section: Any) -> dict[str, Any]:
+        return {name: getattr(section, name) for name in FREE}
+
+    writer = dataclasses.replace(begun.constitutions.writer, **free(config.constitutions.writer))
+    constitutions = dataclasses.replace(begun.constitutions, writer=writer)
+    judge = dataclasses.replace(begun.evaluation, **free(config.evaluation))
+    return dataclasses.replace(begun, constitutions=constitutions, evaluation=judge)
 
 
 @contextlib.contextmanager

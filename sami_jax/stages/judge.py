@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sami_jax.chat.opening import make_chat, open_answers
+from sami_jax.config.chat import FREE
 from sami_jax.config.evaluation import EvaluationConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
@@ -22,19 +23,6 @@ from sami_jax.stages.stage import Output, Source, Stage, no_input, settings_but
 from sami_jax.types import Dtype
 
 SUMMARY, DETAILS, VERDICTS = "summary.json", "details.json", "verdicts.jsonl"
-# No verdict depends on these: who may be asked, how fast, and for how much; what else is evaluated; and the name of the
-# judge, whose model or record is a field of its own.
-_NO_INPUTS = (
-    "judge",
-    "held_out",
-    "instruct",
-    "api_key_env",
-    "concurrency",
-    "timeout_s",
-    "max_cost_usd",
-    "usd_per_million_input_tokens",
-    "usd_per_million_output_tokens",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +50,8 @@ class Judge(Stage):
     baseline: Source
     split: str
     kind: Literal["asked", "program"]
-    evaluation: EvaluationConfig = settings_but(*_NO_INPUTS)
+    # The judge's model or record is a field of its own; what else is evaluated does not matter here.
+    evaluation: EvaluationConfig = settings_but("judge", "held_out", "instruct", *FREE)
     given: Source | None
     prompt_sha256: str
     seed: int

@@ -7,7 +7,7 @@ from typing import Any
 
 from sami_jax.chat.opening import make_chat, open_answers
 from sami_jax.chat.principle_writer import Written, prompt_hash, write_principles
-from sami_jax.config.chat import WriterConfig
+from sami_jax.config.chat import FREE, WriterConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.data.principles import Principle, read_principles
@@ -21,16 +21,6 @@ from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.types import Dtype
 
 PRINCIPLES, PROVENANCE = "principles.json", "provenance.json"
-# Who may be asked, how fast, and for how much: no answer depends on it. The model is a field of its own.
-_NO_INPUTS = (
-    "model",
-    "api_key_env",
-    "concurrency",
-    "timeout_s",
-    "max_cost_usd",
-    "usd_per_million_input_tokens",
-    "usd_per_million_output_tokens",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +38,7 @@ class WritePrinciples(Stage):
     name = "write_principles"
     outside = "answers"
 
-    writer: WriterConfig = settings_but(*_NO_INPUTS)
+    writer: WriterConfig = settings_but("model", *FREE)  # the model is a field of its own
     given: Source | None
     prompt_sha256: str
     compute_dtype: Dtype
