@@ -318,6 +318,31 @@ class TestEnds:
             ask(tmp_path / "log.jsonl", chat.url, safe_point=stop)
         assert len(chat.requests) == len(read_log(tmp_path / "log.jsonl")) == 2
 
+    def test_whoever_heeds_the_replies_can_end_the_asking_and_nothing_paid_is_lost(self, tmp_path):
+        def act(handler: Any, asked: dict[str, Any]) -> None:
+            time.sleep(0.4 * (asked["messages"][-1]["content"] == "question 01"))
+            echoes(handler, asked)
+
+        heard: list[str] = []
+
+        def heed(reply: Any) -> None:
+            heard.append(reply.text)
+            if len(heard) == 1:
+                raise BadDataError("enough")
+
+        with chatting(act) as chat, open_log(tmp_path / "log.jsonl") as log:
+            with pytest.raises(BadDataError, match="enough"):
+                asker(chat.url, log).ask(QUESTIONS, heed=heed)
+            assert heard == TEXTS[:2] and len(chat.requests) == len(read_log(tmp_path / "log.jsonl")) == 2
+            again: list[str] = []
+            asker(chat.url, log).ask(QUESTIONS[:3], heed=lambda reply: again.append(reply.text))
+            assert again == TEXTS[:3] and len(chat.requests) == 3  # what was recorded comes first
+
+    def test_whoever_heeds_the_replies_decides_how_many_may_be_missing(self, tmp_path):
+        with chatting(drops) as chat, open_log(tmp_path / "log.jsonl") as log:
+            replies = asker(chat.url, log).ask(QUESTIONS, heed=lambda reply: None)
+        assert [reply.kind for reply in replies] == ["no_connection"] * 6
+
     def test_what_waits_for_its_next_try_gives_up(self, tmp_path):
         def stop() -> None:
             if chat.requests:

@@ -16,6 +16,7 @@ from sami_jax.chat.questions import Answer, Failure, Spent
 from sami_jax.config.chat import ChatConfig
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.errors import BadDataError, UnavailableError
+from sami_jax.evaluation import pairwise_judge
 from sami_jax.evaluation.injection import ATTACKS, attack_judge, attack_table, attacked_contest
 from sami_jax.evaluation.pairwise_judge import (
     Contest,
@@ -152,6 +153,14 @@ class TestQuestion:
         )
         marks = {re.search(r"QUERY (\w{16})", text.user)[1] for text in (question, swapped)}
         assert len(marks) == 2
+
+    def test_a_text_that_holds_its_own_mark_gets_another(self, monkeypatch):
+        """Of one digit, since nobody can find a text for sixteen."""
+        monkeypatch.setattr(pairwise_judge, "_MARK_DIGITS", 1)
+        for missing in "0f7":
+            text = "".join(digit for digit in "0123456789abcdef" if digit != missing)
+            question = Contest(text, "no", "no", "no").question(response_first=True)
+            assert f"<<<QUERY {missing}>>>\n{text}\n" in question.user
 
     def test_the_drawn_order_is_each_contests_own(self):
         contests = [Contest(f"POST: {i}", "1. Be brief.", "yes", "no") for i in range(400)]

@@ -50,8 +50,8 @@ def test_the_sign_test_where_there_is_no_t():
 
 
 def test_the_bootstrap_is_the_same_each_time_and_near_the_others():
-    result = win_rate(TABLE_4)
-    assert result.bootstrap == win_rate(TABLE_4).bootstrap
+    result, scores = win_rate(TABLE_4), np.random.default_rng(8).random(50)
+    assert win_rate(scores).bootstrap == win_rate(scores).bootstrap
     np.testing.assert_allclose(result.bootstrap, result.estimate[1:3], atol=0.01)
     shuffled = np.random.default_rng(0).permutation(TABLE_4)
     np.testing.assert_allclose(win_rate(shuffled).bootstrap, result.bootstrap, atol=0.01)
@@ -280,11 +280,11 @@ def test_equal_scores_give_no_nan():
 def test_position_bias_by_hand():
     nan = math.nan
     # First wins in both orders: 1; in neither: 0; the same response in both: 0.5; (tie, first): 0.75; one order: 1.
-    first, second = [1.0, 0.0, 1.0, 0.5, 1.0, nan], [0.0, 1.0, 1.0, 0.0, nan, nan]
+    first, second = [1.0, 0.0, 1.0, 0.5, 1.0, nan, 1.0], [0.0, 1.0, 1.0, 0.0, nan, nan, 0.0]
     found = position_bias(first, second)
-    assert found.n == 5 and found.mean == pytest.approx((1 + 0 + 0.5 + 0.75 + 1) / 5)
-    # Both orders have a verdict in four pairs, of which the first two contradict themselves.
-    assert inconsistency(first, second) == mean_with_interval([1.0, 1.0, 0.0, 0.0])
+    assert found.n == 6 and found.mean == pytest.approx((1 + 0 + 0.5 + 0.75 + 1 + 1) / 6)
+    # Both orders have a verdict in five pairs, of which three contradict themselves.
+    assert inconsistency(first, second) == mean_with_interval([1.0, 1.0, 0.0, 0.0, 1.0])
     assert position_bias([nan], [nan]) is None and inconsistency([nan], [1.0]) is None
     with pytest.raises(ValueError, match="one score or NaN a pair"):
         position_bias([1.0], [1.0, 0.0])

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sami_jax.types import Orders
 TEMPLATE = Path(__file__).parents[1] / "templates" / "judge.txt"
 MOST_ERRORS = 0.05  # share of the questions without an answer, beyond which there is no result
 _UNUSABLE = 10  # answers without a verdict, at the very beginning, after which nobody is asked any more
+_MARK_DIGITS = 16
 _CHOICES = ("Verdict: A", "Verdict: B")  # that a model on these devices chooses between
 
 Verdict = Literal["A", "B", "tie", "invalid", "error"]  # A: the response that stands first
@@ -72,11 +74,10 @@ class Contest:
 
 
 def _mark(texts: Sequence[str]) -> str:
-    """Sixteen digits that none of the texts holds."""
-    mark = ""
-    while not mark or any(mark in text for text in texts):  # a second round needs a text that was made for it
-        mark = hashlib.sha256(json.dumps([mark, *texts]).encode()).hexdigest()[:16]
-    return mark
+    """Digits that none of the texts holds. A second round needs a text that was made for it."""
+    rounds = (hashlib.sha256(json.dumps([tried, *texts]).encode()).hexdigest() for tried in itertools.count())
+    marks = (digest[:_MARK_DIGITS] for digest in rounds)
+    return next(mark for mark in marks if not any(mark in text for text in texts))
 
 
 def read_verdict(text: str) -> Verdict:
