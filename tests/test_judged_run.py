@@ -243,6 +243,13 @@ def test_a_judge_that_says_nothing_usable_leaves_a_report_and_is_shown(judged_ru
 
 def test_what_cannot_judge_or_chat_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     config = to_dict(config_of(tmp_path, "http://127.0.0.1:9/v1"))
+    shape = tmp_path / "instruct" / "config.json"
+    short = read_json(shape) | {"max_position_embeddings": 64}
+    whole = shape.read_text()
+    shape.write_text(json.dumps(short))
+    with pytest.raises(BadDataError, match="for config.evaluation.instruct: the generation prompt of query 'q0' has"):
+        run(from_dict(config), tmp_path / "run")
+    shape.write_text(whole)
     (tmp_path / "instruct" / "chat_template.jinja").unlink()
     with pytest.raises(BadDataError, match=r"instruct cannot chat: .*Take an instruction-tuned model"):
         run(from_dict(config), tmp_path / "run")

@@ -264,7 +264,7 @@ def test_a_model_on_these_devices_chooses_by_log_probs(tmp_path):
     config_json = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config_json | {"max_position_embeddings": 4096}))
     contests = [*MANY[:2], Contest("word " * 4000, "1. Be brief.", "a", "b")]
-    config = ChatConfig(model=str(folder), concurrency=3)
+    config = ChatConfig(model=str(folder), concurrency=3, max_tokens=4)
     chat = make_chat(config, folder, mesh=MeshConfig(), compute_dtype="float32", say=print)
     log = tmp_path / "answers.jsonl"
     with open_answers(config, chat, log, safe_point=lambda: None, say=print) as answers:
@@ -289,7 +289,10 @@ def test_a_model_on_these_devices_chooses_by_log_probs(tmp_path):
     before = log.read_bytes()
     with open_answers(config, chat, log, safe_point=lambda: None, say=print) as answers:
         assert judge_contests(answers, contests[:2], orders="both", seed=0, progress=Progress("", 0)) == found[:2]
-    assert log.read_bytes() == before
+        assert log.read_bytes() == before
+        question = contests[0].question(response_first=True)
+        [free] = answers.ask([question._replace(choices=())])  # who may say anything is another question
+    assert free != found[0].hearings[0].reply and getattr(free, "logps", None) is None
 
 
 class TestAttacks:

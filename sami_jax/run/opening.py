@@ -224,12 +224,12 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
     def check(tasks: Iterable[Task], file: str) -> None:
         check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=source_of(Path(file)))
 
-    for evaluated in evaluated_tasks(config).values():
-        check(evaluated, config.queries.evaluation)
-        if config.evaluation.instruct:
-            instruct = open_model(instruct_folder(config), config.mesh, config.compute_dtype)
-            prompts, file = as_instruct(config).prompts, source_of(Path(config.queries.evaluation))
-            check_tasks(instruct, evaluated, prompts, new_tokens=config.sampling.max_new_tokens, file=file)
+    evaluated = [task for tasks in evaluated_tasks(config).values() for task in tasks]
+    check(evaluated, config.queries.evaluation)
+    if config.evaluation.instruct:
+        instruct = open_model(instruct_folder(config), config.mesh, config.compute_dtype)
+        file = f"{source_of(Path(config.queries.evaluation))}, for config.evaluation.instruct"
+        check_tasks(instruct, evaluated, as_instruct(config).prompts, new_tokens=new_tokens, file=file)
     pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
         half = alternating_half(read_queries(Path(config.queries.train)), iteration)
