@@ -28,6 +28,9 @@ from talking_model import CHAT
 from tiny_run import tiny_run_config
 
 
+MARKER = "9"  # of the base's plain text, which means nothing in a chat: the instruction-tuned model writes it
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -43,6 +46,7 @@ def config_of(folder: pathlib.Path, url: str) -> RunConfig:
     (instruct / "chat_template.jinja").write_text(CHAT)
     config["evaluation"] |= {"judge": "server", "base_url": url, "judge_model": "big", "instruct": str(instruct)}
     config["iterations"], config["train"]["steps"] = 1, [1]
+    config["sampling"]["stop"] = [MARKER]
     return from_dict(config)
 
 
@@ -121,6 +125,7 @@ def test_the_instruction_tuned_model_answers_through_its_chat_template(judged_ru
     ]
     assert main(["generate", *flags]) == 0
     expected = [line["response"] for line in read_jsonl(workdir / "generated.jsonl")]
+    assert any(MARKER in text for text in expected)
     assert [text for result in found for text in result.responses] == expected
     assert expected != [text for result in base for text in result.responses]
 
