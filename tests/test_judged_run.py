@@ -27,7 +27,6 @@ from server_judges import judging, parts, shorter
 from talking_model import CHAT
 from tiny_run import tiny_run_config
 
-
 MARKER = "9"  # of the base's plain text, which means nothing in a chat: the instruction-tuned model writes it
 
 
@@ -144,6 +143,8 @@ def test_the_report_has_the_rates_side_by_side(judged_run):
     split = found.last.splits["learned"]
     assert split.estimates["win_rate"].mean == summary["win_rate"]["mean"] and split.judge.startswith("big at")
     assert split.wins + split.ties + split.losses == summary["n"] == 4
+    base = found.base.splits["learned"]  # which is compared with the other opponent alone
+    assert "win_rate" not in base.estimates and base.judge is None
     assert "After 1 iteration, " in page and "there was no judge" not in page
     assert f"{100 * summary['win_rate']['mean']:.1f}" in summary_table(workdir)
     outcomes = {line["outcome"] for line in read_jsonl(workdir / "iter_001/judge/base/learned/verdicts.jsonl")}
