@@ -20,15 +20,25 @@ from sami_jax.outputs import check_file, could_not_be_written, is_stream, refuse
 DONE, PLAN, LOCK = "DONE.json", "PLAN.json", "LOCK"
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raises BadDataError if a folder holds files that no stage wrote: they would become a stage's outputs."""
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+def refuse_foreign(folder: Path, *, outside: str = "") -> None:
+    """Raises BadDataError if a folder holds files that no stage wrote: they would become a stage's outputs.
+
+    Args:
+      folder: of a stage.
+      outside: subfolder that holds none of them.
+    """
+    found = {path.name for path in folder.iterdir()} - {outside} if folder.is_dir() else set()
     if found - {LOCK} and not found & {PLAN, DONE} and not all(name.endswith(".tmp") for name in found - {LOCK}):
         raise BadDataError(f"{folder} already holds files; choose another folder, or delete it yourself.")
 
 
-def begin(folder: Path, *, inputs: Any) -> None:
+def begin(folder: Path, *, inputs: Any, outside: str = "") -> None:
     """Opens the folder of a stage that is not complete, and goes on with what an attempt of the same inputs left there.
+
+    Args:
+      folder: of the stage.
+      inputs: JSON value of all the stage's outputs depend on.
+      outside: as of `seal`; it may be there already.
 
     Raises:
       BadConfigError: the folder holds the beginnings of other inputs.
@@ -36,7 +46,7 @@ def begin(folder: Path, *, inputs: Any) -> None:
     """
     plan = {"inputs_sha256": content_hash(inputs)}
     if not (folder / PLAN).exists():
-        refuse_foreign(folder)
+        refuse_foreign(folder, outside=outside)
         write_json(folder / PLAN, plan)
     elif read_json(folder / PLAN) != plan:
         raise _other_inputs(folder)

@@ -50,9 +50,6 @@ class TestReading:
             Answered("row 1", "POST: b", "1. Be kind.", "no"),
         ]
         assert found[0].statements == ["Be brief."]
-        (tmp_path / "b.json").write_text(responses_text([rows[0]._replace(constitution=" ")]))
-        with pytest.raises(BadDataError, match="row 0 has an empty constitution"):
-            read_answered(tmp_path / "b.json")
 
     def results(self, path: pathlib.Path, *, judged: bool) -> pathlib.Path:
         verdict = Verdict(True, True, {"brief": True})
@@ -119,6 +116,12 @@ class TestMatching:
         matched = match(ours, theirs, files=FILES)
         assert [(pair.ours.response, pair.theirs.response) for pair in matched.pairings] == [("1", "3")]
         assert (matched.only_ours, matched.only_theirs, matched.other_constitution) == (["a"], ["a"], [])
+
+    def test_the_policys_constitution_is_needed_and_no_other(self):
+        ours, unasked = answered("a"), answered("a", constitution=" ")
+        assert match([ours], [unasked], files=FILES).pairings == [Pairing(ours, unasked)]
+        with pytest.raises(BadDataError, match="ours.json: a has an empty constitution"):
+            match([unasked], [ours], files=FILES)
 
     def test_what_cannot_be_matched_is_refused(self):
         with pytest.raises(BadDataError, match=r"ours.json and theirs.json have no question in common.*'a'.*'b'"):

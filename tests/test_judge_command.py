@@ -188,10 +188,11 @@ def test_attacks_are_printed(tmp_path, capsys):
         assert main([*flags, f"--out={tmp_path}/out"]) == main([*flags, f"--out={tmp_path}/out"]) == 0
         assert len(chat.requests) == 2 * 38
         ours = write(tmp_path / "a.json", ["x"])
-        both = [f"--responses={ours}", f"--baseline={write(tmp_path / 'b.json', ['xyz'])}", f"--out={tmp_path}/both"]
+        both = [f"--responses={ours}", f"--baseline={write(tmp_path / 'b.json', ['xyz'])}", f"--out={tmp_path}/out"]
         assert main([*flags, *both]) == 0
         said = capsys.readouterr()
         assert "win rate" in said.out and "resisted 18 of 18" in said.out
+        assert len(chat.requests) == 2 * 38 + 2  # attacks that were answered before are not asked again
 
 
 @pytest.mark.parametrize(

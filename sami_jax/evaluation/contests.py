@@ -99,8 +99,6 @@ def read_answered(path: Path, *, split: str = "") -> list[Answered]:
                 strict=True,
             )
         ]
-    if empty := next((row for row in rows if not row.statements), None):
-        raise BadDataError(f"{path}: {empty.name} has an empty constitution; there is nothing to judge it by.")
     return rows
 
 
@@ -116,8 +114,11 @@ def match(ours: Sequence[Answered], theirs: Sequence[Answered], *, files: tuple[
       files: they are from, to be named.
 
     Raises:
-      BadDataError: a file answers a question twice under one constitution, or nothing is in common.
+      BadDataError: one of the policy's constitutions is empty, a file answers a question twice under one constitution,
+        or nothing is in common.
     """
+    if empty := next((row for row in ours if not row.statements), None):
+        raise BadDataError(f"{files[0]}: {empty.name} has an empty constitution; there is nothing to judge it by.")
     by_question = [_by_question(rows, file) for rows, file in zip((ours, theirs), files, strict=True)]
     pairings: list[Pairing] = []
     only_ours: list[str] = []

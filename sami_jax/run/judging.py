@@ -45,7 +45,7 @@ def judge_files(config: RunConfig, *, responses: Path, baseline: Path, split: st
       UnavailableError: the judge does not answer now.
     """
     refuse_no_judge(config)
-    refuse_foreign(out)
+    refuse_foreign(out, outside=Judge.outside)  # answers to attacks on the judge
     use_platform(config.platform)
     files = {"responses": file_source(responses), "baseline": file_source(baseline)}
     log = out / Judge.outside / "answers.jsonl"

@@ -114,9 +114,9 @@ def _plain(value: Any, field: dataclasses.Field) -> Any:
 class Output:
     """Where a stage's outputs go: written by one process for all, each file whole or not at all."""
 
-    def __init__(self, folder: Path | None, inputs: Any, log: Log):
+    def __init__(self, folder: Path | None, inputs: Any, log: Log, *, outside: str = ""):
         """Prepares for a stage's folder, or for None where nothing is kept; nothing is written yet."""
-        self._folder, self._inputs, self._log = folder, inputs, log
+        self._folder, self._inputs, self._log, self._outside = folder, inputs, log, outside
         self._stack = contextlib.ExitStack()
         self.is_open = False
 
@@ -136,7 +136,7 @@ class Output:
         """
         with agreed():
             if is_writer() and self._folder is not None:
-                stage_folder.begin(self._folder, inputs=self._inputs)
+                stage_folder.begin(self._folder, inputs=self._inputs, outside=self._outside)
 
     def withdraw(self) -> None:
         """Takes `begin` back on the way out of a failure, where nothing was made that is worth keeping.
@@ -244,7 +244,7 @@ def complete(stage: Stage, folder: Path, *, safe_point: SafePoint, log: Log = _n
     if fingerprint is None:
         safe_point()
         started = time.monotonic()
-        with Output(folder, inputs, log) as out:
+        with Output(folder, inputs, log, outside=stage.outside) as out:
             counts = stage.make(out, safe_point)
             fingerprint = "" if out.is_open else out.seal(stage, counts)
         seconds = time.monotonic() - started
