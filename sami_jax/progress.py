@@ -1,9 +1,15 @@
-"""A progress line with ETA for terminals and log files alike."""
+"""What a person who watches is told: sentences, and a progress line with ETA, for terminals and log files alike."""
 
 import sys
 import time
 
 from sami_jax.processes import is_writer
+
+
+def say(sentence: str) -> None:
+    """Prints a sentence on standard error; of several processes, one does."""
+    if is_writer():
+        print(sentence, file=sys.stderr, flush=True)
 
 
 class Progress:

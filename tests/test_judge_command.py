@@ -214,6 +214,7 @@ def test_attacks_are_printed(tmp_path, capsys):
         ),
         (["FILES", "--out=out", "--judge=server", "--judge_model=m", "--max_cost_usd=1"], 78, "a price is missing"),
         (["FILES", "--out=full", "--judge=server", "--judge_model=m"], 65, "full already holds files"),
+        (["FILES", "--out=out", "--judge=replay:log", "--split=learned"], 65, "have no splits"),
         (["FILES", "--out=out", "--judge=miniature"], 65, "row 0 was evaluated without a judge"),
         (["OURS", "--baseline=others.json", "--out=out", "--judge=replay:log"], 65, "no question in common"),
         (["OURS", "--baseline=nowhere", "--out=out", "--judge=replay:log"], 65, "nowhere does not exist"),

@@ -137,7 +137,7 @@ def test_the_report_has_the_rates_side_by_side(judged_run):
         labels = re.findall(r'<tr><th scope="row">(.*?)</th>', table)
         assert labels[:3] == ["Win rate, raw", "Win rate, length-balanced", "Win rate, length-corrected"]
         assert "Win rate on: Be brief." in labels and "Response shown first wins" in labels
-        assert f"Judge: big at {'http'}" in table
+        assert "Judge: big at http" in table
     found = read_run(workdir)
     summary = read_json(workdir / "iter_001" / "judge" / "base" / "learned" / "summary.json")
     split = found.last.splits["learned"]

@@ -172,7 +172,7 @@ def summarize_pairs(pairs: Sequence[JudgedPair], *, cost_usd: float) -> dict[str
 
     A query judged under several constitutions, or by several principles, has the mean of their scores, and is excluded
     where one of them has none. `wins`, `losses`, `ties` and `inconsistent` add up to `n`: the last two are the queries
-    of score 0.5, with and without a pair whose two orders contradict each other.
+    of score 0.5, without and with a pair whose two orders contradict each other.
 
     Args:
       pairs: at least one.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -34,7 +35,12 @@ _ALONE = re.compile(_VERDICT)
 
 def prompt_hash() -> str:
     """SHA-256 of the prompt's template."""
-    return content_hash(read_text(TEMPLATE))
+    return content_hash(_template())
+
+
+@functools.cache
+def _template() -> str:
+    return read_text(TEMPLATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Contest:
         texts = {"constitution": self.constitution, "query": self.query, "a": a, "b": b}
         mark = _mark(list(texts.values()))
         fields = {**texts, "mark": mark}
-        template = read_text(TEMPLATE).strip()
-        return Question(re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], template), choices=_CHOICES)
+        text = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], _template().strip())
+        return Question(text, choices=_CHOICES)
 
     def orders(self, orders: Orders, seed: int) -> tuple[bool, ...]:
         """Whether the response stands first, in each order that is asked; "paper" tosses a coin for each contest."""

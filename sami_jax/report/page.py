@@ -106,8 +106,8 @@ def _outcomes(run: Run) -> dict[tuple[str, str, str], str]:
     """(split, example id, constitution) -> what became of the last iteration's response against the base's."""
     return {
         (comparison.split, *pair): OUTCOMES[outcome]
-        for comparison in run.comparisons
-        if comparison.opponent == "base" and comparison.iteration == run.last.iteration
+        for comparison in run.last.comparisons
+        if comparison.opponent == "base"
         for pair, outcome in comparison.outcomes.items()
     }
 

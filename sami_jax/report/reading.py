@@ -39,6 +39,7 @@ class Evaluation:
     normalize: str  # "mean" or "sum": which log-probabilities the mutual information was computed from
     ceiling_nats: float
     splits: Mapping[str, SplitSummary]  # learned first
+    comparisons: Sequence[Comparison] = ()  # by a judge of pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,6 @@ class Run:
     evaluations: Sequence[Evaluation]  # the base first
     base_results: Sequence[QueryResult]
     last_results: Sequence[QueryResult] | None  # the same queries; None: only the base has been evaluated
-    comparisons: Sequence[Comparison]  # by a judge of pairs, in the order of iterations
     funnels: Mapping[int, Funnel]  # by iteration
     train_steps: Mapping[int, Sequence[TrainStep]]  # by iteration, then step
     stage_times: Mapping[tuple[int, str], float]  # (iteration, stage) -> seconds
@@ -84,6 +84,11 @@ class Run:
     @property
     def last(self) -> Evaluation:
         return self.evaluations[-1]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """Those of every iteration, in their order."""
+        return [comparison for evaluation in self.evaluations for comparison in evaluation.comparisons]
 
 
 def read_run(run_dir: Path) -> Run:
@@ -114,7 +119,6 @@ def read_run(run_dir: Path) -> Run:
         evaluations=evaluations,
         base_results=base_results,
         last_results=last_results,
-        comparisons=[one for iteration in evaluated for one in read_comparisons(iteration, folders[iteration])],
         funnels=_read_funnels(folders),
         train_steps=_read_train_steps(run_dir / "metrics.jsonl"),
         stage_times=_read_stage_times(run_dir / "events.jsonl"),
@@ -130,7 +134,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """
     paths = {i: folder / "eval" / "summary.json" for i, folder in _iteration_folders(run_dir).items()}
     found = [_read_evaluation(path, iteration) for iteration, path in paths.items() if path.exists()]
-    found = [_with_win_rates(one, read_comparisons(one.iteration, paths[one.iteration].parents[1])) for one in found]
+    found = [_with_comparisons(one, read_comparisons(one.iteration, paths[one.iteration].parents[1])) for one in found]
     if not found or found[0].iteration != 0:
         raise BadDataError(f"{run_dir} has no evaluation of its base (iter_000); go on with `sami run` first.")
     return found
@@ -155,8 +159,8 @@ def _read_evaluation(path: Path, iteration: int) -> Evaluation:
         return Evaluation(iteration, raw["normalize"], float(raw["ceiling_nats"]), splits)
 
 
-def _with_win_rates(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> Evaluation:
-    """The evaluation, with the win rates against the base that a language model judged."""
+def _with_comparisons(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> Evaluation:
+    """The evaluation with its comparisons; a win rate against the base that a language model judged is its own."""
     splits = dict(evaluation.splits)
     for comparison in comparisons:
         split = splits.get(comparison.split)
@@ -172,7 +176,7 @@ def _with_win_rates(evaluation: Evaluation, comparisons: Sequence[Comparison]) -
             win_rate_t=comparison.summary["t"],
             judge=comparison.judge,
         )
-    return dataclasses.replace(evaluation, splits=splits)
+    return dataclasses.replace(evaluation, splits=splits, comparisons=comparisons)
 
 
 def _split_summary(raw: Mapping[str, Any]) -> SplitSummary:

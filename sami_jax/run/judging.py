@@ -15,13 +15,13 @@ from sami_jax.evaluation.results import read_results
 from sami_jax.huggingface.hub import fetch_model
 from sami_jax.huggingface.opened import open_model
 from sami_jax.processes import from_writer
-from sami_jax.progress import Progress
+from sami_jax.progress import Progress, say
 from sami_jax.run.chats import check_chat, given_source, given_to
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.sharding import use_platform
 from sami_jax.stage_folder import locked, refuse_foreign
 from sami_jax.stages.evaluate import Evaluate
-from sami_jax.stages.judge import Judge, say
+from sami_jax.stages.judge import Judge
 from sami_jax.stages.stage import Source, complete, file_source, model_source
 
 JUDGE, INSTRUCT = "judge", "instruct"  # folders of a run, and of an evaluation

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from sami_jax.files import append_jsonl, read_json, read_text, write_text
 from sami_jax.huggingface.folder import read_config
 from sami_jax.huggingface.hub import fetch_model
 from sami_jax.outputs import check_file, check_folder, is_stream, refuse_file
+from sami_jax.progress import say
 from sami_jax.run.chats import given_source
 from sami_jax.run.judging import INSTRUCT, JUDGE, RESULTS, check_judging, comparisons, evaluate_instruct
 from sami_jax.run.opening import check_mesh, check_queries, with_files, with_pretrained
@@ -101,14 +101,14 @@ def evaluate_folder(config: RunConfig, *, model: str, baseline: Path | None, out
     use_platform(config.platform)
     with contextlib.ExitStack() as stack:
         queries = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "queries"
-        config = with_files(config, queries, iterations=0, say=_say)
+        config = with_files(config, queries, iterations=0, say=say)
         check_mesh(config)
         check_judging(config)
         folder = fetch_model(model)
         read_config(folder)
         stack.enter_context(locked(out))
         safe_point = stack.enter_context(stop_on_signal())
-        config = with_queries(with_pretrained(config, safe_point), queries, iterations=0, say=_say)
+        config = with_queries(with_pretrained(config, safe_point), queries, iterations=0, say=say)
         evaluated, base = model_source(folder), model_source(Path(config.model))
         stage = Evaluate.of(
             config,
@@ -256,7 +256,7 @@ def score_principles_file(config: RunConfig, *, out: Path) -> list[Any]:
             config = with_pretrained(config, safe_point)
         principles = Path(config.constitutions.principles)
         read_principles(principles)  # for what it refuses, before a model is fetched
-        config = with_queries(config, queries, iterations=0, say=_say)
+        config = with_queries(config, queries, iterations=0, say=say)
         stage = ScorePrinciples.of(
             config,
             model=model_source(fetch_model(config.model)),
@@ -264,10 +264,6 @@ def score_principles_file(config: RunConfig, *, out: Path) -> list[Any]:
             queries=file_source(Path(config.queries.evaluation)),
         )
         return _completed_lines(stage, out)
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
 
 
 def _completed_lines(stage: FileStage, out: Path | None) -> list[Any]:

@@ -1,7 +1,6 @@
 """The stage that compares two models' responses: a judge's verdicts on pairs, and the win rate they come to."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,7 @@ from sami_jax.evaluation.comparison import JudgedPair, detail_pairs, of_contest,
 from sami_jax.evaluation.contests import Matched, match, read_answered
 from sami_jax.evaluation.pairwise_judge import judge_contests, prompt_hash, questions_of, too_many_errors
 from sami_jax.files import read_json, write_json, write_jsonl
-from sami_jax.processes import is_writer
-from sami_jax.progress import Progress
+from sami_jax.progress import Progress, say
 from sami_jax.safe_point import SafePoint
 from sami_jax.stage_folder import check_sealed
 from sami_jax.stages.stage import Output, Source, Stage, no_input, settings_but
@@ -100,6 +98,11 @@ class Judge(Stage):
 
     def matched(self) -> Matched:
         """The two files' pairs. Raises BadDataError as `make`."""
+        if self.split and all(source.path.suffix != ".jsonl" for source in (self.responses, self.baseline)):
+            raise BadDataError(
+                f"{self.responses.path} and {self.baseline.path} have no splits, as a results.jsonl has; leave out "
+                "--split."
+            )
         ours, theirs = (read_answered(source.path, split=self.split) for source in (self.responses, self.baseline))
         matched = match(ours, theirs, files=(self.responses.path, self.baseline.path))
         if self.kind == "program":
@@ -163,9 +166,3 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """summary.json and details.json of a comparison. Raises BadDataError where they were changed since."""
     check_sealed(folder)
     return read_json(folder / SUMMARY), read_json(folder / DETAILS)
-
-
-def say(sentence: str) -> None:
-    """Says what a person who watches wants to know, once."""
-    if is_writer():
-        print(sentence, file=sys.stderr, flush=True)

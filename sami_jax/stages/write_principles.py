@@ -1,7 +1,6 @@
 """The stage that has principles written by a language model."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from sami_jax.config.run import RunConfig
 from sami_jax.data.principles import Principle, read_principles
 from sami_jax.errors import SamiError
 from sami_jax.files import read_json, write_json
-from sami_jax.processes import is_writer
-from sami_jax.progress import Progress
+from sami_jax.progress import Progress, say
 from sami_jax.safe_point import SafePoint
 from sami_jax.stage_folder import check_sealed
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
@@ -64,11 +62,11 @@ class WritePrinciples(Stage):
           UnavailableError: the server does not answer now.
         """
         writer, given = self.writer, self.given.path if self.given else None
-        chat = make_chat(writer, given, mesh=self.mesh, compute_dtype=self.compute_dtype, say=_say)
+        chat = make_chat(writer, given, mesh=self.mesh, compute_dtype=self.compute_dtype, say=say)
         out.begin()
         progress = Progress("writing principles", writer.count, unit="principles")
         log = out.folder / self.outside / "answers.jsonl"
-        with open_answers(writer, chat, log, safe_point=safe_point, say=_say) as answers:
+        with open_answers(writer, chat, log, safe_point=safe_point, say=say) as answers:
             try:
                 written = write_principles(
                     answers, about=writer.about, count=writer.count, held_out=writer.held_out, written=progress.update
@@ -95,8 +93,3 @@ def _plain(principle: Principle) -> dict[str, Any]:
 
 def _write(path: Path, principles: list[dict[str, Any]]) -> None:
     write_json(path, principles, sort_keys=False)
-
-
-def _say(sentence: str) -> None:
-    if is_writer():
-        print(sentence, file=sys.stderr, flush=True)
