@@ -107,7 +107,7 @@ def compile_programs(
         prompt_lengths = rows(split, jnp.int32, *lead, count)
         targets, target_mask = (rows(split, t, *lead, count, response_tokens) for t in (jnp.int32, jnp.bool_))
         batch = ContrastiveBatch(*cast(list[Array], [tokens, prompt_lengths, targets, target_mask]))
-        step = make_train_step(model.score, config.train, seed=config.seed).jitted(state)
+        step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
         yield _compile("train step", mesh, step, state, reference, batch)[0]
     if not {"prefill", "decode step"} & set(names):
         return

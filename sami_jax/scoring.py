@@ -12,7 +12,7 @@ import numpy as np
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sequence_logps, token_logps
 from sami_jax.sharding import gather, padded_size, put_on_devices
-from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, ScoreFn
+from sami_jax.types import Array, ContrastiveBatch, Normalize, Params, RowModel, Rows
 
 
 def make_batch(pairs: Sequence[Pair], *, width: int, response_width: int, eos_id: int | None) -> ContrastiveBatch:
@@ -55,7 +55,28 @@ def batch_widths(pairs: Sequence[Pair], *, round_to: int, eos_id: int | None) ->
     return padded_size(sequence, round_to), padded_size(response, round_to)
 
 
-def response_logits(score: ScoreFn, params: Params, batch: ContrastiveBatch) -> Array:
+def causal_rows(tokens: Array) -> Rows:
+    """Rows [N, S] of one sequence each: every token sees those before it."""
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    return Rows(tokens, slots, jnp.full_like(slots, tokens.shape[1]))
+
+
+def logits_of(hidden: Array, head: Array) -> Array:
+    """[..., V] float32 logits of hidden states [..., D] and a head [D, V].
+
+    Rounded to bfloat16, the log-probs of a contrast would be equal too often. Of float32 operands the product is
+    float32 on accelerators too, whose default is less.
+    """
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32, precision=precision)
+
+
+def all_logits(model: RowModel, params: Params, tokens: Array) -> Array:
+    """[N, S, V] float32: after every token of rows [N, S] of one sequence each."""
+    return logits_of(model.hidden(params, causal_rows(tokens)), model.head(params))
+
+
+def response_logits(model: RowModel, params: Params, batch: ContrastiveBatch) -> Array:
     """[B, C, R, K, V] logits that predict response token k of response r under constitution c.
 
     The head runs at response positions only: response token k stands at prompt length + k, and the position before it
@@ -67,8 +88,9 @@ def response_logits(score: ScoreFn, params: Params, batch: ContrastiveBatch) -> 
     chex.assert_shape([batch.targets, batch.target_mask], (b, r, k))
     at = batch.prompt_lengths[:, :, None, None] - 1 + jnp.arange(k, dtype=jnp.int32)[None, None, None, :]
     at = jnp.broadcast_to(jnp.minimum(at, t - 1), (b, c, r, k))  # past a response's end, where the mask is False
-    logits = score(params, batch.tokens.reshape(b * c * r, t), at.reshape(b * c * r, k))
-    return logits.reshape(b, c, r, k, -1)
+    hidden = model.hidden(params, causal_rows(batch.tokens.reshape(b * c * r, t)))
+    hidden = jnp.take_along_axis(hidden, at.reshape(b * c * r, k, 1), axis=1)
+    return logits_of(hidden, model.head(params)).reshape(b, c, r, k, -1)
 
 
 def cell_logps(logits: Array, batch: ContrastiveBatch, *, normalize: Normalize) -> Array:
@@ -88,14 +110,14 @@ def cell_logps(logits: Array, batch: ContrastiveBatch, *, normalize: Normalize) 
     return jax.vmap(over_constitutions)(logits, batch.targets, batch.target_mask)
 
 
-@functools.partial(jax.jit, static_argnames=("score", "normalize"))
-def contrastive_logps(score: ScoreFn, params: Params, batch: ContrastiveBatch, *, normalize: Normalize) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "normalize"))
+def contrastive_logps(model: RowModel, params: Params, batch: ContrastiveBatch, *, normalize: Normalize) -> Array:
     """[B, C, R] log p(response r | query b, constitution c) in nats; see `cell_logps`."""
-    return cell_logps(response_logits(score, params, batch), batch, normalize=normalize)
+    return cell_logps(response_logits(model, params, batch), batch, normalize=normalize)
 
 
 def score_pairs(
-    score: ScoreFn,
+    model: RowModel,
     params: Params,
     pairs: Sequence[Pair],
     *,
@@ -108,7 +130,7 @@ def score_pairs(
     """[Q, C, R] float32 log-probs of Q pairs, `rows` queries at a time; each batch is as wide as it needs.
 
     Args:
-      score: the model.
+      model: the model.
       params: its parameters.
       pairs: Q queries.
       normalize: "mean" or "sum".
@@ -123,7 +145,7 @@ def score_pairs(
         width, response_width = batch_widths(chunk, round_to=round_to, eos_id=None)
         filled = chunk + [chunk[0]] * (rows - len(chunk))
         batch = make_batch(filled, width=width, response_width=response_width, eos_id=None)
-        logps = contrastive_logps(score, params, put_on_devices(batch, sharding), normalize=normalize)
+        logps = contrastive_logps(model, params, put_on_devices(batch, sharding), normalize=normalize)
         matrices.append(gather(logps)[: len(chunk)])
         scored(start + len(chunk))
     return np.concatenate(matrices)

@@ -15,7 +15,7 @@ from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sa
 from sami_jax.scoring import cell_logps, response_logits
 from sami_jax.seeds import generator, jax_key
 from sami_jax.sharding import gather, replicated
-from sami_jax.types import Array, ContrastiveBatch, Params, ScoreFn, TrainState
+from sami_jax.types import Array, ContrastiveBatch, Params, RowModel, TrainState
 
 
 class StepMetrics(NamedTuple):
@@ -166,7 +166,7 @@ class TrainStep:
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> TrainStep:
+def make_train_step(model: RowModel, config: TrainConfig, *, seed: int = 0) -> TrainStep:
     """The optimizer step.
 
     The M micro-batches are scanned, so that only m x C x C sequences are in memory at once; their gradients add up to
@@ -181,7 +181,7 @@ def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> Tr
 
     def step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
         rounding = _Rounding(jax.random.fold_in(jax_key(seed, "rounding"), state.step), config)
-        loss_of = functools.partial(_micro_loss, score=score, config=config)
+        loss_of = functools.partial(_micro_loss, model=model, config=config)
         loss, gradients, seen = _mean_gradient(loss_of, state.params, reference, batch, rounding)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -204,9 +204,9 @@ def make_train_step(score: ScoreFn, config: TrainConfig, *, seed: int = 0) -> Tr
 
 # [m, ...] queries -> [] mean loss, and what is logged of each query [m]
 def _micro_loss(
-    params: Params, reference: Params, batch: ContrastiveBatch, *, score: ScoreFn, config: TrainConfig
+    params: Params, reference: Params, batch: ContrastiveBatch, *, model: RowModel, config: TrainConfig
 ) -> tuple[Array, dict[str, Array]]:
-    logits = response_logits(score, params, batch)  # [m, C, R, K, V]
+    logits = response_logits(model, params, batch)  # [m, C, R, K, V]
     logps = cell_logps(logits, batch, normalize=config.normalize)  # [m, C, R]
     losses = jax.vmap(
         functools.partial(
@@ -218,7 +218,7 @@ def _micro_loss(
     accuracies = jax.vmap(contrast_accuracies)(logps)
     kl = jnp.zeros(logps.shape[0], jnp.float32)
     if config.kl_beta > 0:
-        kl = jax.vmap(_query_kl)(logits, response_logits(score, reference, batch), batch.target_mask)
+        kl = jax.vmap(_query_kl)(logits, response_logits(model, reference, batch), batch.target_mask)
     seen = {
         "over_responses": losses.over_responses,
         "over_constitutions": losses.over_constitutions,

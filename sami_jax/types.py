@@ -1,4 +1,4 @@
-"""The arrays that travel between the stages, and the two functions that stand for a model."""
+"""The arrays that travel between the stages, and the pure functions that stand for a model."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -15,10 +15,36 @@ Platform = Literal["any", "cpu", "gpu", "tpu"]
 Remat = Literal["none", "dots", "full"]  # what of a layer the backward pass recomputes: nothing, all but matmuls, all
 Params = Any  # nested dict of arrays, as `model.decoder.Decoder` splits into
 
-ScoreFn = Callable[[Params, Array, Array], Array]
-"""(params, tokens [N, T] int32, at [N, K] int32) -> logits [N, K, V] that predict the token *after* position `at`.
 
-Position t may depend on tokens[:, :t + 1] only. Scoring and training know no more of a model than this."""
+class Rows(NamedTuple):
+    """Tokens as a model sees them when it scores: several sequences may share a row, and a beginning.
+
+    Who sees whom is one integer a slot: the token in slot k is visible to the one in slot q of its row if and only if
+    k <= q < ends[k], and, in a model with a sliding window, positions[q] - positions[k] is below the window. Every slot
+    sees itself, padding included.
+
+    Attributes:
+      tokens: [N, S] int32.
+      positions: [N, S] int32. Place of each token in its own sequence, which decides its rotary angle.
+      ends: [N, S] int32. Slot before which a token is seen; at least its own slot + 1.
+    """
+
+    tokens: Array
+    positions: Array
+    ends: Array
+
+
+class RowModel(NamedTuple):
+    """A model as scoring and training see it: rows to hidden states, and the head that makes logits of them.
+
+    Attributes:
+      hidden: (params, rows) -> [N, S, D] final hidden states. That of slot q predicts the token after it, and depends
+        on the tokens that q sees only.
+      head: (params) -> [D, V] in the dtype of the hidden states: logits are hidden @ head, in float32.
+    """
+
+    hidden: Callable[[Params, Rows], Array]
+    head: Callable[[Params], Array]
 
 
 class DecodeFn(NamedTuple):

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sami_jax.data.pairs import Pair
 from sami_jax.data.tokenizer import Tokenizer
-from sami_jax.types import Array, DecodeFn, Params
+from sami_jax.scoring import causal_rows
+from sami_jax.types import Array, DecodeFn, Params, RowModel, Rows
 
 
 def table_params(vocab: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -33,15 +34,20 @@ def logits_after(params: Params, prefix: Sequence[int]) -> np.ndarray:
     return total
 
 
-def _place_weights(length: int) -> Array:
-    return 1.0 + (jnp.arange(length) % 3).astype(jnp.float32)
+def hidden(params: Params, rows: Rows) -> Array:
+    """The logits themselves, summed over what each slot sees: the head is the identity."""
+    slots = jnp.arange(rows.tokens.shape[1])
+    seen = (slots[None, None, :] <= slots[None, :, None]) & (slots[None, :, None] < rows.ends[:, None, :])
+    weights = (1 + rows.positions % 3).astype(jnp.float32)
+    context = jnp.asarray(params["context"])[rows.tokens] * weights[:, :, None]
+    return jnp.asarray(params["last"])[rows.tokens] + jnp.einsum("nqk,nkv->nqv", seen.astype(context.dtype), context)
 
 
-def score(params: Params, tokens: Array, at: Array) -> Array:
-    """A ScoreFn. A place outside the tokens gives NaN."""
-    context = jnp.asarray(params["context"])[tokens] * _place_weights(tokens.shape[1])[None, :, None]
-    logits = jnp.asarray(params["last"])[tokens] + jnp.cumsum(context, axis=1)
-    return jnp.take_along_axis(logits, at[:, :, None], axis=1, mode="fill", fill_value=jnp.nan)
+def head(params: Params) -> Array:
+    return jnp.eye(params["last"].shape[1], dtype=params["last"].dtype)
+
+
+MODEL = RowModel(hidden, head)
 
 
 def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Array]:
@@ -56,7 +62,8 @@ def step(params: Params, cache: Array, tokens: Array, positions: Array) -> tuple
 
 
 def _logits(params: Params, cache: Array, positions: Array) -> Array:
-    return score(params, cache, positions[:, None])[:, 0]
+    logits = hidden(params, causal_rows(cache))
+    return jnp.take_along_axis(logits, positions[:, None, None], axis=1)[:, 0]
 
 
 DECODE = DecodeFn(prefill, step)

@@ -6,6 +6,7 @@ both. What process N saw of family F is in FOLDER/F/process-N.npz and .json.
 
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
 import resource
@@ -40,7 +41,7 @@ from sami_jax.responding import respond
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.run.chats import given_source
 from sami_jax.safe_point import stop_on_signal
-from sami_jax.scoring import make_batch
+from sami_jax.scoring import all_logits, make_batch
 from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
 from sami_jax.stages.export import convert
 from sami_jax.stages.judge import Judge
@@ -170,8 +171,8 @@ def way_through(
     loaded = load_model(model, mesh, config.compute_dtype)
     shape = loaded.model.config
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
-    at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
-    logits = jax.jit(loaded.model.score)(loaded.params, *put_on_devices((tokens, at), batch_sharding(loaded.mesh)))
+    of = jax.jit(functools.partial(all_logits, loaded.model.rows))
+    logits = of(loaded.params, put_on_devices(tokens, batch_sharding(loaded.mesh)))
     arrays = {"logits": gather(logits)}
     pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
     arrays["matrices"] = matrices(loaded, loaded.params, pairs, Scoring.of(config.train))
@@ -181,7 +182,7 @@ def way_through(
     untrained = fingerprint(state)
     batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), QUERIES // 2)
     batch = put_on_devices(batch, micro_batch_sharding(loaded.mesh))
-    state, metrics = make_train_step(loaded.model.score, config.train)(state, loaded.params, batch)
+    state, metrics = make_train_step(loaded.model.rows, config.train)(state, loaded.params, batch)
     arrays |= {f"metrics.{name}": gather(value) for name, value in metrics._asdict().items()}
     arrays |= named(gather(state))
     with Checkpoints(out / "checkpoints") as checkpoints:

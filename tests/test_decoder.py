@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sami_jax import scoring
 from sami_jax.model.decoder import abstract_params, init_params, make_model
 from sami_jax.sharding import RULES
 from sami_jax.types import Remat
@@ -34,7 +35,7 @@ def tokens_of(rows: int, width: int, *, seed: int = 0, vocab_size: int = 61) -> 
 
 def all_logits(model, params, tokens: jax.Array) -> jax.Array:
     """[B, T, V], scored at every position."""
-    return model.score(params, tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape))
+    return scoring.all_logits(model.rows, params, tokens)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -87,11 +88,11 @@ def test_order_of_the_past_matters():
 def test_padding_past_a_rows_length_changes_nothing():
     config = tiny_config()
     model, params = make_model(config), random_params(config)
-    tokens, at = tokens_of(2, 6), jnp.array([[0, 3, 5], [5, 2, 1]])
-    short = model.score(params, tokens, at)
+    tokens = tokens_of(2, 6)
+    short = all_logits(model, params, tokens)
     for filler in (0, 2, 60):
         padded = jnp.concatenate([tokens, jnp.full((2, 5), filler, jnp.int32)], axis=1)
-        assert_close(model.score(params, padded, at), short)
+        assert_close(all_logits(model, params, padded)[:, :6], short)
 
 
 @pytest.mark.parametrize("filler", [0, 60])
@@ -114,14 +115,6 @@ def test_rows_do_not_know_each_other():
     model, params = make_model(config), random_params(config)
     tokens = tokens_of(3, 5)
     assert_close(all_logits(model, params, tokens)[1:2], all_logits(model, params, tokens[1:2]))
-
-
-def test_score_picks_positions():
-    config = tiny_config()
-    model, params = make_model(config), random_params(config)
-    tokens, at = tokens_of(2, 6), jnp.array([[5, 0, 0], [2, 4, 1]])
-    everywhere = np.asarray(all_logits(model, params, tokens))
-    assert_close(model.score(params, tokens, at), everywhere[np.arange(2)[:, None], at])
 
 
 def test_the_tied_head_is_the_embedding():

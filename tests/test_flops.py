@@ -12,6 +12,7 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.flops import count_flops
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.model.moe import blocked_mlp, mixed_experts, ragged_mlp
+from sami_jax.scoring import causal_rows, logits_of
 from sami_jax.sharding import make_mesh
 from tiny_models import tiny_config
 
@@ -164,15 +165,24 @@ class TestDecoder:
         assert self.forward(config, platform="tpu") == dense + 2 * more
 
     def inputs(self, config):
-        tokens, at = shape(self.B, self.T, dtype=jnp.int32), shape(self.B, self.R, dtype=jnp.int32)
+        tokens, at = shape(self.B, self.T, dtype=jnp.int32), shape(self.B, self.R, 1, dtype=jnp.int32)
         return abstract_params(config)[0], tokens, at
 
+    def logits(self, config, remat):
+        model = make_model(config, remat=remat).rows
+
+        def function(params, tokens, at):
+            hidden = jnp.take_along_axis(model.hidden(params, causal_rows(tokens)), at, axis=1)
+            return logits_of(hidden, model.head(params))
+
+        return function
+
     def forward(self, config, platform=None):
-        return count_flops(make_model(config, remat="full").score, *self.inputs(config), platform=platform)
+        return count_flops(self.logits(config, "full"), *self.inputs(config), platform=platform)
 
     def gradient(self, config, *, remat):
-        score = make_model(config, remat=remat).score
-        return count_flops(jax.grad(lambda *args: score(*args).sum()), *self.inputs(config))
+        logits = self.logits(config, remat)
+        return count_flops(jax.grad(lambda *args: logits(*args).sum()), *self.inputs(config))
 
 
 class TestExperts:

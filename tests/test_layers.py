@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sami_jax.model.attention import attend, causal_mask
 from sami_jax.model.decoder import Block
-from sami_jax.model.layers import MLP, Attention, LayerCache, attention, causal_mask, rms_norm, rope_frequencies, rotate
+from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, rope_frequencies, rotate
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from tiny_models import tiny_config
 
@@ -101,11 +102,11 @@ class TestCausalMask:
         full = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
         # A window of 2 is oneself and the token before.
         windowed = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-        np.testing.assert_array_equal(causal_mask(positions, positions, window=None)[0], np.array(full, bool))
-        np.testing.assert_array_equal(causal_mask(positions, positions, window=2)[0], np.array(windowed, bool))
+        np.testing.assert_array_equal(causal_mask(positions, keys=4, window=None)[0], np.array(full, bool))
+        np.testing.assert_array_equal(causal_mask(positions, keys=4, window=2)[0], np.array(windowed, bool))
 
     def test_rows_have_positions_of_their_own(self):
-        mask = causal_mask(jnp.array([[2], [5]]), jnp.arange(7)[None].repeat(2, axis=0), window=3)
+        mask = causal_mask(jnp.array([[2], [5]]), keys=7, window=3)
         np.testing.assert_array_equal(mask[:, 0], [[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]])
 
 
@@ -129,14 +130,14 @@ class TestAttention:
         queries, keys, values = normal(2, 4, 6, 8), normal(2, 5, kv_heads, 8), normal(2, 5, kv_heads, 8, seed=1)
         mask = np.random.default_rng(0).random((2, 4, 5)) < 0.5
         mask[:, :, 0] = True
-        actual = attention(*map(jnp.asarray, (queries, keys, values, mask)))
+        actual = attend(*map(jnp.asarray, (queries, keys, values, mask)))
         assert_close(actual, np_attention(queries, keys, values, mask))
 
     def test_what_the_mask_hides_changes_nothing(self):
         queries, keys, values = (jnp.asarray(normal(1, 3, 2, 4, seed=seed)) for seed in range(3))
         mask = jnp.tril(jnp.ones((1, 3, 3), bool))
-        before = attention(queries, keys, values, mask)
-        after = attention(queries, keys.at[:, 2].set(1e4), values.at[:, 2].set(1e4), mask)
+        before = attend(queries, keys, values, mask)
+        after = attend(queries, keys.at[:, 2].set(1e4), values.at[:, 2].set(1e4), mask)
         np.testing.assert_array_equal(after[:, :2], before[:, :2])
 
 
@@ -164,7 +165,7 @@ class TestModules:
         )
         back = positions[:, :, None] - positions[:, None, :]
         mixed = np_attention(queries, keys, np.tensordot(x, value, 1), (back >= 0) & (back < 2))
-        actual, cache = module(jnp.asarray(x), jnp.asarray(positions), None)
+        actual, cache = module(jnp.asarray(x), jnp.asarray(positions), jnp.full((2, 5), 5))
         assert cache is None
         assert_close(actual, np.tensordot(mixed, out, 2))
 
@@ -186,6 +187,7 @@ class TestModules:
         config = tiny_config()
         block = first_layer(Block(config, nnx.Rngs(0)))
         x, positions = jnp.asarray(normal(1, 4, 24)), jnp.arange(4)[None]
-        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, None)[0]
+        ends = jnp.full((1, 4), 4)
+        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, ends)[0]
         expected = middle + block.mlp(rms_norm(middle, block.mlp_norm[...], eps=1e-5))
-        assert_close(block(x, positions, None)[0], expected)
+        assert_close(block(x, positions, ends)[0], expected)

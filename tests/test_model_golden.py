@@ -21,7 +21,7 @@ from sami_jax.model.decoder import Model, make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.sampling import greedy
-from sami_jax.scoring import batch_widths, cell_logps, make_batch, response_logits, score_pairs
+from sami_jax.scoring import all_logits, batch_widths, cell_logps, make_batch, response_logits, score_pairs
 from sami_jax.sharding import batch_sharding, make_mesh
 from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
 from sami_jax.types import Array, Params
@@ -104,8 +104,7 @@ def test_router(golden):
 
 def test_logits(golden):
     tokens = jnp.asarray(golden.says["tokens"], jnp.int32)
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    logits = golden.model.score(golden.params, tokens, at)
+    logits = all_logits(golden.model.rows, golden.params, tokens)
     np.testing.assert_allclose(logits, golden.says["logits"], rtol=0, atol=1e-4)
     # The same by prefill and steps, from where each row's prompt ends.
     lengths = jnp.array([12, 3])
@@ -137,7 +136,7 @@ def test_gradients(golden):
     batch = jax.tree.map(jnp.asarray, make_batch(rows, width=width, response_width=response_width, eos_id=None))
 
     def loss(params: Params) -> Array:
-        logits = response_logits(golden.model.score, params, batch)
+        logits = response_logits(golden.model.rows, params, batch)
         return jnp.mean(jax.vmap(sami_loss)(cell_logps(logits, batch, normalize="mean")).loss)
 
     expected = golden.load("gradients/")
@@ -155,7 +154,7 @@ def test_gradients(golden):
 def test_contrastive_matrix(golden, normalize, rows, round_to):
     scored: list[int] = []
     matrices = score_pairs(
-        golden.model.score,
+        golden.model.rows,
         golden.params,
         golden.pairs,
         normalize=normalize,
@@ -176,7 +175,7 @@ def test_contrastive_matrix(golden, normalize, rows, round_to):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_four_step_losses(golden, optimizer, learning_rate, micro_batch):
     train = from_dict({"train": {"optimizer": optimizer, "learning_rate": learning_rate}}).train
-    step = make_train_step(golden.model.score, train)
+    step = make_train_step(golden.model.rows, train)
     state = init_state(jax.tree.map(jnp.copy, golden.params), make_optimizer(train))
     width, response_width = batch_widths(golden.pairs, round_to=4, eos_id=None)
     losses, over_responses, over_constitutions = [], [], []

@@ -28,6 +28,7 @@ from sami_jax.evaluation.pairwise_judge import (
     verdict_of,
 )
 from sami_jax.progress import Progress
+from sami_jax.scoring import all_logits
 from server_judges import judging, parts, shorter
 from talking_model import CHAT
 from tiny_run import tiny_run_config
@@ -279,8 +280,8 @@ def test_a_model_on_these_devices_chooses_by_log_probs(tmp_path):
             for choice, logp in zip(("Verdict: A", "Verdict: B"), hearing.reply.logps, strict=True):
                 own = loaded.tokenizer.chat_response_ids(spans, choice, behind=ids)
                 tokens = jnp.array([[*ids, *own]], jnp.int32)
-                at = jnp.arange(len(ids) - 1, len(ids) + len(own) - 1, dtype=jnp.int32)[None]
-                logits = np.asarray(loaded.model.score(loaded.params, tokens, at), np.float64)[0]
+                logits = np.asarray(all_logits(loaded.model.rows, loaded.params, tokens), np.float64)
+                logits = logits[0, len(ids) - 1 : -1]
                 each = logits[np.arange(len(own)), own] - np.log(np.exp(logits).sum(-1))
                 assert logp == pytest.approx(each.sum(), abs=1e-4)  # float32 sums of some ten log-probs near -6
             first, second = hearing.reply.logps

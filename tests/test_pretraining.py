@@ -38,7 +38,7 @@ from sami_jax.miniature.pretraining import (
 )
 from sami_jax.model.decoder import abstract_params, init_params
 from sami_jax.seeds import jax_key
-from sami_jax.types import Array, Params
+from sami_jax.types import Params, RowModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT_S = 120  # a process here takes about 10 s on two cores
@@ -72,9 +72,8 @@ def by_name(tree: Params, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for key in tree for name, leaf in by_name(tree[key], f"{prefix}.{key}".strip(".")).items()}
 
 
-def bigram_score(table: Array, tokens: Array, at: Array) -> Array:
-    """A model whose prediction depends on the token at its position alone: row x of the table [V, V] are its logits."""
-    return table[jnp.take_along_axis(tokens, at, axis=1)]
+# A model whose prediction depends on the last token alone: row x of the table [V, V] are its logits.
+BIGRAM = RowModel(lambda table, rows: table[rows.tokens], lambda table: jnp.eye(len(table)))
 
 
 class WeightedCrossEntropyTest(chex.TestCase):
@@ -89,15 +88,13 @@ class WeightedCrossEntropyTest(chex.TestCase):
 
     @jit_and_eager
     def test_by_hand(self):
-        loss = self.variant(functools.partial(weighted_cross_entropy, bigram_score))(
-            self.table, self.tokens, self.weights
-        )
+        loss = self.variant(functools.partial(weighted_cross_entropy, BIGRAM))(self.table, self.tokens, self.weights)
         # 1 after 0 at weight 0.1, 1 after 1 at weight 1, and 1 after 0 at weight 1.
         assert_close(loss, (0.1 * -math.log(3 / 4) + math.log(8) - math.log(3 / 4)) / 2.1)
 
     @jit_and_eager
     def test_gradient_by_hand(self):
-        gradient = jax.grad(functools.partial(weighted_cross_entropy, bigram_score))
+        gradient = jax.grad(functools.partial(weighted_cross_entropy, BIGRAM))
         actual = self.variant(gradient)(self.table, self.tokens, self.weights)
         # Of -log softmax: probabilities less the target's one. Row 0 predicts at weight 1.1 in all, row 1 at 1. Row 2
         # is the padding: nothing reaches it, not even rounding.
@@ -106,18 +103,18 @@ class WeightedCrossEntropyTest(chex.TestCase):
         np.testing.assert_array_equal(actual[2], 0.0)
 
     def test_neither_the_first_tokens_weight_nor_what_stands_in_the_padding_counts(self):
-        expected = weighted_cross_entropy(bigram_score, self.table, self.tokens, self.weights)
+        expected = weighted_cross_entropy(BIGRAM, self.table, self.tokens, self.weights)
         heavy = self.weights.at[:, 0].set(7.0)  # nothing predicts the first token
-        assert_close(weighted_cross_entropy(bigram_score, self.table, self.tokens, heavy), expected)
+        assert_close(weighted_cross_entropy(BIGRAM, self.table, self.tokens, heavy), expected)
         other = self.tokens.at[1, 2].set(1)
-        assert_close(weighted_cross_entropy(bigram_score, self.table, other, self.weights), expected)
+        assert_close(weighted_cross_entropy(BIGRAM, self.table, other, self.weights), expected)
 
     def test_value_and_gradient_do_not_see_how_far_a_batch_is_padded(self):
         rng = np.random.default_rng(0)
         params, tokens = doubles.table_params(7), rng.integers(0, 7, (2, 9)).astype(np.int32)
         weights = rng.uniform(0.1, 1.0, (2, 9)).astype(np.float32)
         wide_tokens, wide_weights = (np.pad(array, ((0, 0), (0, 7)), constant_values=0) for array in (tokens, weights))
-        of = jax.value_and_grad(functools.partial(weighted_cross_entropy, doubles.score))
+        of = jax.value_and_grad(functools.partial(weighted_cross_entropy, doubles.MODEL))
         narrow, wide = of(params, tokens, weights), of(params, wide_tokens, wide_weights)
         chex.assert_trees_all_close(wide, narrow, rtol=1e-6, atol=1e-6)  # longer sums, in another order
 

@@ -17,7 +17,7 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.model.shape import DecoderConfig
-from sami_jax.scoring import make_batch
+from sami_jax.scoring import all_logits, make_batch
 from sami_jax.sharding import (
     AXES,
     RULES,
@@ -173,8 +173,9 @@ def two_steps(family: str, layout: str | None):
     batch = put_on_devices(batch, micro_batch_sharding(mesh))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
-    score = chex.assert_max_traces(make_model(shape, mesh=mesh).score, n=2)
-    train_step = make_train_step(score, SETTINGS)
+    model = make_model(shape, mesh=mesh).rows
+    model = model._replace(hidden=chex.assert_max_traces(model.hidden, n=2))
+    train_step = make_train_step(model, SETTINGS)
     states, seen = [], []
     for _ in range(2):
         state, metrics = train_step(state, reference, batch)
@@ -190,12 +191,11 @@ class TestEightDevices:
     def test_logits_are_those_of_one_device(self, family, layout):
         shape, params = FAMILIES[family], random_params(FAMILIES[family])
         tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (8, 11)).astype(np.int32)
-        at = np.broadcast_to(np.arange(11, dtype=np.int32), tokens.shape)
         logits = []
         for mesh in (make_mesh(MeshConfig()), make_mesh(LAYOUTS[layout])):
             placed = put_on_devices(params, param_shardings(mesh, *abstract_params(shape)))
-            score = jax.jit(make_model(shape, mesh=mesh).score)
-            logits.append(np.asarray(score(placed, *put_on_devices((tokens, at), batch_sharding(mesh)))))
+            of = jax.jit(functools.partial(all_logits, make_model(shape, mesh=mesh).rows))
+            logits.append(np.asarray(of(placed, put_on_devices(tokens, batch_sharding(mesh)))))
         # Logits of size 5 from sums in another order.
         np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=2e-5)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ from sami_jax.model.shape import DecoderConfig
 from sami_jax.responding import check_prompts, respond
 from sami_jax.run.loop import run
 from sami_jax.run.single_stages import evaluate_folder, score_file, train_folder
+from sami_jax.scoring import all_logits
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.stage import Source, complete, file_source, model_source
 from sami_jax.stages.train import Train
@@ -236,14 +238,10 @@ class TestSettingsReachTheModel:
         np.testing.assert_allclose(total, mean * lengths[:, None, :], rtol=1e-5)
 
     def program(self, model, config: RunConfig) -> str:
-        """The jaxpr of `score` with float32 parameters."""
-        params = abstract_params(read_config(model))[0]
-        arguments = np.zeros((1, 4), np.int32), np.zeros((1, 1), np.int32)
-        return str(
-            jax.make_jaxpr(open_model(model, config.mesh, config.compute_dtype, remat=config.train.remat).model.score)(
-                params, *arguments
-            )
-        )
+        """The jaxpr of logits with float32 parameters."""
+        opened = open_model(model, config.mesh, config.compute_dtype, remat=config.train.remat)
+        logits = functools.partial(all_logits, opened.model.rows)
+        return str(jax.make_jaxpr(logits)(abstract_params(read_config(model))[0], np.zeros((1, 4), np.int32)))
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_compute_dtype_of_activations_and_weights(self, model, dtype):

@@ -22,6 +22,7 @@ from sami_jax.training import (
     query_indices,
     round_to_dtypes,
 )
+from sami_jax.types import RowModel
 
 VOCAB = 9
 PAIRS = doubles.random_pairs(4, vocab=VOCAB, seed=4)
@@ -42,8 +43,8 @@ def micro(pairs=PAIRS, queries: int = 2):
     return micro_batches(make_batch(pairs, width=10, response_width=4, eos_id=None), queries)
 
 
-def run(settings: TrainConfig, *, steps: int = 1, batch=None, params=None, reference=None, score=doubles.score):
-    train_step = make_train_step(score, settings)
+def run(settings: TrainConfig, *, steps: int = 1, batch=None, params=None, reference=None, model=doubles.MODEL):
+    train_step = make_train_step(model, settings)
     params = small_params() if params is None else params
     reference = small_params() if reference is None else reference
     state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(settings))
@@ -209,8 +210,11 @@ class TestRounding:
         assert doubles.same_bits(round_to_dtypes(tree, tree, jax.random.key(0)), tree)
 
 
-def score_in_float32(params, tokens, at):
-    return doubles.score(jax.tree.map(lambda x: x.astype(jnp.float32), params), tokens, at)
+def in_float32(function):
+    return lambda params, *rest: function(jax.tree.map(lambda x: x.astype(jnp.float32), params), *rest)
+
+
+FLOAT32 = RowModel(*map(in_float32, doubles.MODEL))
 
 
 class TestBfloat16Weights:
@@ -222,7 +226,7 @@ class TestBfloat16Weights:
     def trained(self, weights: str, *, seed: int = 0, start=None, steps: int = STEPS):
         settings = config(weights=weights, learning_rate=1e-2, weight_decay=1e-2)
 
-        train_step = make_train_step(score_in_float32, settings, seed=seed)
+        train_step = make_train_step(FLOAT32, settings, seed=seed)
         rng = np.random.default_rng(0)
         tables = {name: jnp.asarray(rng.uniform(0.1, 0.5, (40, 40)), jnp.bfloat16) for name in ("context", "last")}
         params = jax.tree.map(lambda x: x.astype(settings.weights_dtype), tables)
@@ -296,17 +300,16 @@ class TestProgressOfTraining:
         assert float(metrics.share_changed) == 0.0
 
     def test_one_trace_serves_all_steps(self):
-        score = chex.assert_max_traces(doubles.score, n=1)
-        train_step = make_train_step(score, config())
+        model = doubles.MODEL._replace(hidden=chex.assert_max_traces(doubles.hidden, n=1))
+        train_step = make_train_step(model, config())
         state = init_state(small_params(), make_optimizer(config()))
         for seed in range(3):
             state, _ = train_step(state, small_params(), micro(doubles.random_pairs(4, vocab=VOCAB, seed=seed)))
 
 
-def poisoned_score(params, tokens, at):
-    """The double, but a sequence with the token POISON has NaN logits."""
-    bad = jnp.any(tokens == POISON, axis=1)[:, None, None]
-    return jnp.where(bad, jnp.nan, doubles.score(params, tokens, at))
+def poisoned(params, rows):
+    """The double, but a row with the token POISON is NaN."""
+    return jnp.where(jnp.any(rows.tokens == POISON, axis=1)[:, None, None], jnp.nan, doubles.hidden(params, rows))
 
 
 class TestNonFinite:
@@ -316,7 +319,7 @@ class TestNonFinite:
     @pytest.mark.parametrize("kl_beta", [0.0, 1.0])
     def test_the_state_stays_bitwise_and_the_queries_are_named(self, kl_beta):
         settings = config(kl_beta=kl_beta)
-        train_step = make_train_step(poisoned_score, settings)
+        train_step = make_train_step(doubles.MODEL._replace(hidden=poisoned), settings)
         state = init_state(small_params(), make_optimizer(settings))
         state, metrics = train_step(state, small_params(), micro(self.good))
         assert bool(metrics.finite)
@@ -337,7 +340,8 @@ class TestNonFinite:
             return x
 
         explode.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
-        state, [metrics] = run(config(), score=lambda *args: explode(doubles.score(*args)))
+        model = doubles.MODEL._replace(hidden=lambda *args: explode(doubles.hidden(*args)))
+        state, [metrics] = run(config(), model=model)
         assert np.isfinite(metrics.loss) and not bool(metrics.finite)
         assert doubles.same_bits(state.params, jax.tree.map(np.asarray, small_params()))
         assert nonfinite_examples(metrics, ["a", "b", "c", "d"]) == []

@@ -112,7 +112,7 @@ class LocalModel:
         pairs = [Pair(number, ("",), ("",), (one.prompt.ids,), one.choice_ids) for number, one in enumerate(asked)]
         loaded = self._loaded
         logps = score_pairs(
-            loaded.model.score,
+            loaded.model.rows,
             loaded.params,
             pairs,
             normalize="sum",

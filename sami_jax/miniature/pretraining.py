@@ -27,9 +27,10 @@ from sami_jax.model.decoder import init_params, make_model
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
+from sami_jax.scoring import causal_rows, logits_of
 from sami_jax.seeds import jax_key
 from sami_jax.stage_folder import check_sealed, locked, seal, seal_of
-from sami_jax.types import Array, Params, ScoreFn, TrainState
+from sami_jax.types import Array, Params, RowModel, TrainState
 
 BOS, EOS = "<s>", "</s>"
 
@@ -100,11 +101,11 @@ def base_shape(config: PretrainingConfig) -> DecoderConfig:
     )
 
 
-def weighted_cross_entropy(score: ScoreFn, params: Params, tokens: Array, weights: Array) -> Array:
+def weighted_cross_entropy(model: RowModel, params: Params, tokens: Array, weights: Array) -> Array:
     """Mean cross-entropy of the next token, in nats.
 
     Args:
-      score: the model.
+      model: the model.
       params: its parameters.
       tokens: [B, T] int32, padded on the right.
       weights: [B, T] float32; entry t weighs the prediction of tokens[:, t]; 0 for padding and the first token.
@@ -112,8 +113,8 @@ def weighted_cross_entropy(score: ScoreFn, params: Params, tokens: Array, weight
     Returns:
       sum(weights * -log p) / sum(weights).
     """
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1)[None, :], (tokens.shape[0], tokens.shape[1] - 1))
-    logps = jax.vmap(token_logps)(score(params, tokens, at), tokens[:, 1:])
+    hidden = model.hidden(params, causal_rows(tokens))[:, :-1]
+    logps = jax.vmap(token_logps)(logits_of(hidden, model.head(params)), tokens[:, 1:])
     return -jnp.sum(logps * weights[:, 1:]) / jnp.sum(weights[:, 1:])
 
 
@@ -189,13 +190,13 @@ def _train(
     folder: Path,
     safe_point: SafePoint,
 ) -> Params:
-    score, optimizer = make_model(shape).score, pretraining_optimizer(config)
+    model, optimizer = make_model(shape).rows, pretraining_optimizer(config)
     params = init_params(shape, jax_key(config.seed, "init"))
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, tokens: Array, weights: Array) -> tuple[TrainState, Array]:
-        loss, gradients = jax.value_and_grad(weighted_cross_entropy, argnums=1)(score, state.params, tokens, weights)
+        loss, gradients = jax.value_and_grad(weighted_cross_entropy, argnums=1)(model, state.params, tokens, weights)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Muon's matrices in a stack
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss

@@ -14,7 +14,7 @@ from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, w
 from sami_jax.model.moe import Experts
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.sharding import batch_sharding, param_shardings
-from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, ScoreFn
+from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, RowModel, Rows
 
 _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
@@ -33,9 +33,10 @@ class Block(nnx.Module):
         self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
         self.mlp = MLP(config, rngs) if config.n_experts is None else Experts(config, rngs, mesh=mesh)
 
-    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+    def __call__(self, x: Array, positions: Array, seen: Array | LayerCache) -> tuple[Array, LayerCache | None]:
+        """See `Attention`, for x, positions and what is seen."""
         eps = self.config.norm_eps
-        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, cache)
+        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, seen)
         x = x + mixed
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), cache
 
@@ -54,16 +55,24 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
 
-    def hidden(
-        self, tokens: Array, positions: Array, cache: LayerCache | None, *, remat: Remat
-    ) -> tuple[Array, LayerCache | None]:
-        """Final hidden states.
+    def of_rows(self, rows: Rows, *, remat: Remat) -> Array:
+        """[N, S, D] final hidden states, normed; `remat`: what of each block the backward pass recomputes."""
+        chex.assert_rank(rows, 2)
+        graph, stacked = nnx.split(self.blocks)
+
+        def block(x: Array, params: nnx.State) -> tuple[Array, None]:
+            return self._split(nnx.merge(graph, params)(x, rows.positions, rows.ends)[0]), None
+
+        x, _ = jax.lax.scan(_REMAT[remat](block), self._embed(rows.tokens), stacked)
+        return self._norm(x)
+
+    def decoded(self, tokens: Array, positions: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+        """Final hidden states of tokens behind those in a cache.
 
         Args:
           tokens: [B, T] int32.
           positions: [B, T] int32, increasing along T; a token sees the tokens at positions up to its own.
-          cache: [L, B, S, K, H] keys and values to read and extend, or None to attend among `tokens` alone.
-          remat: what of each block the backward pass recomputes instead of keeping it.
+          cache: [L, B, S, K, H] keys and values to read and extend.
 
         Returns:
           [B, T, D] normed, and the extended cache.
@@ -71,22 +80,31 @@ class Decoder(nnx.Module):
         chex.assert_rank([tokens, positions], 2)
         graph, stacked = nnx.split(self.blocks)
 
-        def block(x: Array, layer: tuple[nnx.State, LayerCache | None]) -> tuple[Array, LayerCache | None]:
-            params, layer_cache = layer
-            x, layer_cache = nnx.merge(graph, params)(x, positions, layer_cache)
-            return self._split(x), layer_cache
+        def block(x: Array, layer: tuple[nnx.State, LayerCache]) -> tuple[Array, LayerCache]:
+            params, before = layer
+            x, after = nnx.merge(graph, params)(x, positions, before)
+            assert after is not None
+            return self._split(x), after
 
-        x = self._split(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
-        x, cache = jax.lax.scan(_REMAT[remat](block), x, (stacked, cache))
-        return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps), cache
+        x, cache = jax.lax.scan(block, self._embed(tokens), (stacked, cache))
+        return self._norm(x), cache
+
+    def _embed(self, tokens: Array) -> Array:
+        return self._split(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
+
+    def _norm(self, x: Array) -> Array:
+        return rms_norm(x, self.final_norm[...], eps=self.config.norm_eps)
 
     def _split(self, x: Array) -> Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32: rounded to bfloat16, the log-probs of a contrast would be equal too often."""
-        head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+
+    def head_weight(self) -> Array:
+        """[D, V] in the activations' dtype."""
+        return (self.embedding[...].T if self.config.tied_embeddings else self.head[...]).astype(self.dtype)
 
 
 class Model(NamedTuple):
@@ -94,12 +112,12 @@ class Model(NamedTuple):
 
     Attributes:
       config: the decoder's shape.
-      score: the model for scoring and training.
+      rows: the model for scoring and training.
       decode: the model for sampling.
     """
 
     config: DecoderConfig
-    score: ScoreFn
+    rows: RowModel
     decode: DecodeFn
 
 
@@ -133,7 +151,7 @@ def make_model(
 
     Args:
       config: the shape.
-      remat: what of each layer gradients of `score` recompute: nothing, all but its matmuls, or all of it.
+      remat: what of each layer gradients of `rows` recompute: nothing, all but its matmuls, or all of it.
       mesh: the devices that rows are split over; their number must then be a multiple of `sharding.batch_shards`.
       dtype: of activations, matmuls and cache, whatever the parameters are kept in; "float32" means it on
         accelerators too, whose default for float32 matmuls is less. Logits are float32.
@@ -149,11 +167,11 @@ def make_model(
         return run
 
     @exactly
-    def score(params: Params, tokens: Array, at: Array) -> Array:
-        decoder = nnx.merge(graph, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        hidden, _ = decoder.hidden(tokens, positions, None, remat=remat)
-        return decoder.logits(jnp.take_along_axis(hidden, at[:, :, None], axis=1))
+    def hidden(params: Params, rows: Rows) -> Array:
+        return nnx.merge(graph, params).of_rows(rows, remat=remat)
+
+    def head(params: Params) -> Array:
+        return nnx.merge(graph, params).head_weight()
 
     @exactly
     def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, LayerCache]:
@@ -163,14 +181,14 @@ def make_model(
         empty = LayerCache(*(jnp.zeros(shape, dtype) for _ in range(2)))
         positions = jnp.broadcast_to(jnp.arange(width)[None, :], tokens.shape)
         # Padding sits in slots past a row's length; the row's own tokens overwrite it before any query sees it.
-        hidden, cache = decoder.hidden(tokens, positions, empty, remat="none")
+        hidden, cache = decoder.decoded(tokens, positions, empty)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return decoder.logits(last), cache
 
     @exactly
     def step(params: Params, cache: LayerCache, tokens: Array, positions: Array) -> tuple[Array, LayerCache]:
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.hidden(tokens[:, None], positions[:, None], cache, remat="none")
+        hidden, cache = decoder.decoded(tokens[:, None], positions[:, None], cache)
         return decoder.logits(hidden[:, 0]), cache
 
-    return Model(config, score, DecodeFn(prefill, step))
+    return Model(config, RowModel(hidden, head), DecodeFn(prefill, step))

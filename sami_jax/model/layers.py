@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sami_jax.model.attention import attend, causal_mask, visible
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Array
 
@@ -97,37 +98,8 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     return turned.astype(x.dtype)
 
 
-def causal_mask(query_positions: Array, key_positions: Array, *, window: int | None) -> Array:
-    """[B, T, S] bool: True where a key is not after the query and, with a window, fewer than `window` tokens back."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def attention(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Grouped-query softmax attention, scores in float32.
-
-    Args:
-      queries: [B, T, N, H].
-      keys: [B, S, K, H]; N is a multiple of K, and head n reads key/value head n // (N / K).
-      values: [B, S, K, H].
-      mask: [B, T, S] bool, True = may look. Each query sees at least itself.
-
-    Returns:
-      [B, T, N, H].
-    """
-    chex.assert_rank([queries, keys, values, mask], [4, 4, 4, 3])
-    b, t, n, h = queries.shape
-    k = keys.shape[2]
-    grouped = queries.reshape(b, t, k, n // k, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, values).reshape(b, t, n, h)
-
-
 class Attention(nnx.Module):
-    """Self-attention with rotary positions and an optional key/value cache."""
+    """Self-attention with rotary positions, among the tokens of rows or behind those in a cache."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c = config
@@ -140,21 +112,29 @@ class Attention(nnx.Module):
         out = (c.n_layers, c.n_heads, c.head_dim, c.embed_dim)
         self.out = weight(rngs, out, ("layers", "heads", "head_dim", "embed"))
 
-    def __call__(self, x: Array, positions: Array, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
-        """x [B, T, D], positions [B, T] -> [B, T, D] and the cache with these tokens written at their positions."""
+    def __call__(self, x: Array, positions: Array, seen: Array | LayerCache) -> tuple[Array, LayerCache | None]:
+        """Mixes tokens.
+
+        Args:
+          x: [B, T, D].
+          positions: [B, T] int32.
+          seen: [B, T] int32, the `ends` of `Rows`; or the cache of the tokens before.
+
+        Returns:
+          [B, T, D], and the cache, where there is one, with these tokens written at their positions.
+        """
         c = self.config
         frequencies = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
         queries = rotate(project("btd,dnh->btnh", x, self.query[...]), positions, frequencies)
         keys = rotate(project("btd,dkh->btkh", x, self.key[...]), positions, frequencies)
         values = project("btd,dkh->btkh", x, self.value[...])
-        key_positions = positions
-        if cache is not None:
+        cache = None
+        if isinstance(seen, LayerCache):
             rows = jnp.arange(x.shape[0])[:, None]
-            cache = LayerCache(cache.keys.at[rows, positions].set(keys), cache.values.at[rows, positions].set(values))
-            keys, values = cache
-            key_positions = jnp.broadcast_to(jnp.arange(keys.shape[1])[None, :], keys.shape[:2])
-        mask = causal_mask(positions, key_positions, window=c.sliding_window)
-        mixed = attention(queries, keys, values, mask)
+            cache = LayerCache(seen.keys.at[rows, positions].set(keys), seen.values.at[rows, positions].set(values))
+            mixed = attend(queries, *cache, causal_mask(positions, keys=cache.keys.shape[1], window=c.sliding_window))
+        else:
+            mixed = attend(queries, keys, values, visible(positions, seen, window=c.sliding_window))
         return project("btnh,nhd->btd", mixed, self.out[...]), cache
 
 

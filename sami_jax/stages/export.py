@@ -1,6 +1,7 @@
 """The export stage: trained weights as a Hugging Face folder, and such a folder in another dtype."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.hub import model_name
 from sami_jax.huggingface.opened import LoadedModel, load_model, open_model
 from sami_jax.safe_point import SafePoint
+from sami_jax.scoring import all_logits
 from sami_jax.sharding import batch_sharding, batch_shards, gather, put_on_devices
 from sami_jax.stage_folder import read_done
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
@@ -131,11 +133,10 @@ def _verify(out: Path, loaded: LoadedModel, mesh: MeshConfig, *, dtype: str) -> 
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), loaded.params)
     shape = (batch_shards(loaded.mesh), min(64, loaded.model.config.max_positions))
     tokens = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, shape).astype(np.int32)
-    at = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    on_devices = put_on_devices((tokens, at), batch_sharding(loaded.mesh))
-    score = jax.jit(loaded.model.score)
+    on_devices = put_on_devices(tokens, batch_sharding(loaded.mesh))
+    logits = jax.jit(functools.partial(all_logits, loaded.model.rows))
     written = load_model(out, mesh, "float32").params
-    before, after = (gather(score(params, *on_devices)) for params in (rounded, written))
+    before, after = (gather(logits(params, on_devices)) for params in (rounded, written))
     if not np.array_equal(before, after):
         raise SaveFailedError(
             f"{out} does not give the logits of the weights it was made from (largest difference "

@@ -66,7 +66,7 @@ def matrices(
     remedies = fewer_queries(how.micro_batch_queries), more_devices(loaded.mesh)
     with enough_memory(f"scoring {rows} queries at once", *remedies):
         return score_pairs(
-            loaded.model.score,
+            loaded.model.rows,
             params,
             pairs,
             normalize=how.normalize,

@@ -96,7 +96,7 @@ class Train(Stage):
         out.begin()
         batches = _Batches(self, pairs, opened)
         out.write("data.json", write_json, [[pair.example_id for pair in batches.pairs(step)] for step in range(count)])
-        step_fn = make_train_step(opened.model.score, train, seed=self.seed)
+        step_fn = make_train_step(opened.model.rows, train, seed=self.seed)
         remedies = self._remedies(opened)
         with Checkpoints(out.folder / "checkpoints") as checkpoints:
             state = fresh or checkpoints.restore_latest(abstract_train_state(opened, train))

@@ -24,7 +24,7 @@ from sami_jax.model.decoder import make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.responding import respond
-from sami_jax.scoring import batch_widths, contrastive_logps, make_batch
+from sami_jax.scoring import all_logits, batch_widths, causal_rows, contrastive_logps, logits_of, make_batch
 from sami_jax.types import Array, Params
 from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
@@ -65,9 +65,8 @@ def torch_logits(model: torch.nn.Module) -> np.ndarray:
 
 def our_logits(folder: Path) -> np.ndarray:
     config = read_config(folder)
-    at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape)
     tokens = jnp.asarray(TOKENS, jnp.int32)
-    return np.asarray(make_model(config).score(load_float32(folder, config), tokens, at))
+    return np.asarray(all_logits(make_model(config).rows, load_float32(folder, config), tokens))
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama3"])
@@ -130,11 +129,12 @@ def test_logits_at_8000_positions(family, tmp_path):
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 64, (1, 8000))
-    at = np.arange(7000, 8000)[None]
     with torch.no_grad():
         expected = model(torch.tensor(tokens), logits_to_keep=1000).logits.numpy()
     params = jax.tree.map(jnp.asarray, load_float32(tmp_path, config))
-    logits = jax.jit(make_model(config).score)(params, jnp.asarray(tokens, jnp.int32), jnp.asarray(at, jnp.int32))
+    model = make_model(config).rows
+    hidden = jax.jit(model.hidden)(params, causal_rows(jnp.asarray(tokens, jnp.int32)))
+    logits = logits_of(hidden[:, 7000:], model.head(jax.tree.map(jnp.asarray, params)))
     print(f"{family}: largest difference {np.abs(logits - expected).max():.2e}")
     # Angles of up to 8000 radians are rounded by 2.4e-4, on both sides alike; sums in another order leave 6e-6.
     # Frequencies rounded from float64 are off by 3e-5 and 1e-4.
@@ -188,10 +188,10 @@ def test_gradients(folder, tmp_path):
     pairs = [doubles.pair(query["prompts"], query["responses"]) for query in queries]
     width, response_width = batch_widths(pairs, round_to=4, eos_id=None)
     batch = jax.tree.map(jnp.asarray, make_batch(pairs, width=width, response_width=response_width, eos_id=None))
-    score = make_model(config).score
+    model = make_model(config).rows
 
     def loss(params: Params) -> Array:
-        return jnp.mean(jax.vmap(sami_loss)(contrastive_logps(score, params, batch, normalize="mean")).loss)
+        return jnp.mean(jax.vmap(sami_loss)(contrastive_logps(model, params, batch, normalize="mean")).loss)
 
     compiled = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": "0"})
     ours = compiled(jax.tree.map(jnp.asarray, params))
