@@ -32,7 +32,7 @@ def get_config(experiment: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"fsdp": 16})
     config.train.optimizer = "adamw"
     config.train.learning_rate = 5e-7
-    config.train.micro_batch_queries = 1
+    config.train.rows_per_device = 2
     config.train.remat = "full"
     common["add_experiment"](config, experiment)
     return config

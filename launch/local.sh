@@ -18,7 +18,7 @@ usage: launch/local.sh --processes=N --devices=M [--logs=DIR] -- [arguments of s
   --logs=DIR     gets process-0.log, process-1.log, ..., to which each start appends (default: WORKDIR.logs)
 
 example: launch/local.sh --processes=2 --devices=2 -- --config=configs/miniature.py:smoke --workdir=runs/two \
-    --config.mesh.fsdp=4 --config.train.micro_batch_queries=1
+    --config.mesh.fsdp=4
 
 PYTHON names the interpreter; else it is the active environment's, the checkout's .venv, or python3.
 EOF

@@ -3,20 +3,23 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sami_jax.config.run import RunConfig, check_training
+from sami_jax.data.pairs import Pair
 from sami_jax.errors import BadConfigError, is_out_of_memory
 from sami_jax.flops import count_flops
 from sami_jax.model.decoder import make_model, sharded_params
 from sami_jax.model.shape import DecoderConfig
-from sami_jax.sharding import batch_sharding, batch_shards, make_mesh, shared_rows
+from sami_jax.scoring.matrices import shardings_of_rows
+from sami_jax.scoring.packed_rows import pack_rows
+from sami_jax.sharding import batch_sharding, make_mesh, shared_rows
+from sami_jax.stages.score import Scoring, row_limits
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
-from sami_jax.types import Array, ContrastiveBatch
 
 GIB = 2**30
 HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # a chip's, by Google's documentation
@@ -100,13 +103,14 @@ def compile_programs(
     if "train step" in names:
         state = abstract_state(sharded_params(shape, mesh, config.train.weights_dtype), make_optimizer(config.train))
         reference = sharded_params(shape, mesh, config.compute_dtype) if config.train.kl_beta > 0 else None
-        micro = config.train.micro_batch_queries * batch_shards(mesh)
-        lead = (config.train.queries_per_step // micro, micro)
-        split = PartitionSpec(None, *batch_sharding(mesh).spec)
-        tokens = rows(split, jnp.int32, *lead, count, count, prompt_tokens + response_tokens)
-        prompt_lengths = rows(split, jnp.int32, *lead, count)
-        targets, target_mask = (rows(split, t, *lead, count, response_tokens) for t in (jnp.int32, jnp.bool_))
-        batch = ContrastiveBatch(*cast(list[Array], [tokens, prompt_lengths, targets, target_mask]))
+        longest = Pair(0, (), (), ((0,) * prompt_tokens,) * count, ((0,) * response_tokens,) * count)
+        limits = row_limits(model, mesh, Scoring.of(config.train))
+        packing = pack_rows([[longest] * config.train.queries_per_step], limits)
+        batch = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            packing.stacked(0),
+            shardings_of_rows(mesh, stacked=True),
+        )
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
         yield _compile("train step", mesh, step, state, reference, batch)[0]
     if not {"prefill", "decode step"} & set(names):

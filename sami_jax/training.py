@@ -12,10 +12,10 @@ import optax
 
 from sami_jax.config.training import TrainConfig
 from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
-from sami_jax.scoring import cell_logps, response_logits
+from sami_jax.scoring.matrices import cell_logps, label_logits, over_cells
 from sami_jax.seeds import generator, jax_key
 from sami_jax.sharding import gather, replicated
-from sami_jax.types import Array, ContrastiveBatch, Params, RowModel, TrainState
+from sami_jax.types import Array, ContrastiveRows, Params, RowModel, TrainState
 
 
 class StepMetrics(NamedTuple):
@@ -48,6 +48,19 @@ class StepMetrics(NamedTuple):
     share_changed: Array
     finite: Array
     query_losses: Array
+
+
+# What is measured of each query.
+_OF_QUERIES = (
+    "over_responses",
+    "over_constitutions",
+    "mi_nats",
+    "accuracy_over_responses",
+    "accuracy_over_constitutions",
+    "mean_logp",
+    "kl",
+    "query_losses",
+)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -113,11 +126,6 @@ def query_indices(n_pairs: int, step: int, *, seed: int, iteration: int, queries
     return [int(epochs[position // n_pairs][position % n_pairs]) for position in positions]
 
 
-def micro_batches(batch: ContrastiveBatch, queries: int) -> ContrastiveBatch:
-    """[Q, ...] leaves -> [Q / queries, queries, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, queries, *x.shape[1:]), batch)
-
-
 def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
     """The tree's values in the dtypes of `like`.
 
@@ -143,7 +151,7 @@ def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
 
 
 class TrainStep:
-    """A step (state, reference params, batch [M, m, ...]) -> (state, metrics), compiled once for a kind of state."""
+    """A step (state, reference params, batch [M, ...]) -> (state, metrics), compiled once for a kind of state."""
 
     def __init__(self, step: Callable):
         @functools.lru_cache(maxsize=8)
@@ -155,7 +163,7 @@ class TrainStep:
         self._compiled = compiled
 
     def __call__(
-        self, state: TrainState, reference: Params | None, batch: ContrastiveBatch
+        self, state: TrainState, reference: Params | None, batch: ContrastiveRows
     ) -> tuple[TrainState, StepMetrics]:
         return self.jitted(state)(state, reference, batch)
 
@@ -169,26 +177,28 @@ class TrainStep:
 def make_train_step(model: RowModel, config: TrainConfig, *, seed: int = 0) -> TrainStep:
     """The optimizer step.
 
-    The M micro-batches are scanned, so that only m x C x C sequences are in memory at once; their gradients add up to
-    that of the mean over all M x m queries. The reference (the base model) is read only where kl_beta > 0, and may else
-    be None. The old state's memory is reused, its shardings are kept. An update whose loss or gradient is not finite
-    leaves the state as it was.
+    The M micro-batches are scanned, so that the rows of one are in memory at once; their gradients add up to that of
+    the mean over the config.queries_per_step queries that the batch holds. The reference (the base model) is read only
+    where kl_beta > 0, and may else be None. The old state's memory is reused, its shardings are kept. An update whose
+    loss or gradient is not finite leaves the state as it was.
 
     Sums and updates are computed in float32 and rounded to the dtype of the state's params, stochastically where
     config.weights says so: by `seed` and the step's number, the same on any mesh.
     """
-    optimizer = make_optimizer(config)
+    optimizer, count = make_optimizer(config), config.queries_per_step
 
-    def step(state: TrainState, reference: Params, batch: ContrastiveBatch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, reference: Params, batch: ContrastiveRows) -> tuple[TrainState, StepMetrics]:
         rounding = _Rounding(jax.random.fold_in(jax_key(seed, "rounding"), state.step), config)
         loss_of = functools.partial(_micro_loss, model=model, config=config)
-        loss, gradients, seen = _mean_gradient(loss_of, state.params, reference, batch, rounding)
+        loss, gradients, seen = _gradient(loss_of, state.params, reference, batch, rounding)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updated = _updated(state, gradients, optimizer)
-        updated = rounding.to_dtypes_of(state, updated, batch.tokens.shape[0])
+        updated = rounding.to_dtypes_of(state, updated, batch.queries.shape[0])
         kept = jax.tree.map(functools.partial(jnp.where, finite), updated, state)
-        query_losses = seen.pop("query_losses").reshape(-1)
+        places = batch.queries.reshape(-1)
+        seen = {name: jnp.zeros(count).at[places].set(values.reshape(-1), mode="drop") for name, values in seen.items()}
+        query_losses = seen.pop("query_losses")
         metrics = StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
@@ -202,12 +212,12 @@ def make_train_step(model: RowModel, config: TrainConfig, *, seed: int = 0) -> T
     return TrainStep(step)
 
 
-# [m, ...] queries -> [] mean loss, and what is logged of each query [m]
+# A micro-batch -> [] its share of the mean loss over the step's queries, and what is logged of each of its own [Q].
 def _micro_loss(
-    params: Params, reference: Params, batch: ContrastiveBatch, *, model: RowModel, config: TrainConfig
+    params: Params, reference: Params, batch: ContrastiveRows, *, model: RowModel, config: TrainConfig
 ) -> tuple[Array, dict[str, Array]]:
-    logits = response_logits(model, params, batch)  # [m, C, R, K, V]
-    logps = cell_logps(logits, batch, normalize=config.normalize)  # [m, C, R]
+    logits = label_logits(model, params, batch)  # [G, L, V]
+    logps = cell_logps(logits, batch, normalize=config.normalize)  # [Q, C, R]
     losses = jax.vmap(
         functools.partial(
             sami_loss,
@@ -218,7 +228,7 @@ def _micro_loss(
     accuracies = jax.vmap(contrast_accuracies)(logps)
     kl = jnp.zeros(logps.shape[0], jnp.float32)
     if config.kl_beta > 0:
-        kl = jax.vmap(_query_kl)(logits, response_logits(model, reference, batch), batch.target_mask)
+        kl = _query_kls(logits, label_logits(model, reference, batch), batch)
     seen = {
         "over_responses": losses.over_responses,
         "over_constitutions": losses.over_constitutions,
@@ -229,25 +239,32 @@ def _micro_loss(
         "kl": kl,
         "query_losses": losses.loss,
     }
-    return jnp.mean(losses.loss + config.kl_beta * kl), seen
+    present = batch.queries < config.queries_per_step
+    loss = jnp.sum(jnp.where(present, losses.loss + config.kl_beta * kl, 0.0))
+    return loss / config.queries_per_step, seen
 
 
-# [M, m, ...] micro-batches -> [] loss and float32 gradient of the mean over M x m queries, and what is logged [M, m]
-def _mean_gradient(
-    loss_of: Callable, params: Params, reference: Params, batch: ContrastiveBatch, rounding: "_Rounding"
+# [M, ...] micro-batches -> [] loss and its float32 gradient, both sums over them, and what is logged [M, Q]
+def _gradient(
+    loss_of: Callable, params: Params, reference: Params, batch: ContrastiveRows, rounding: "_Rounding"
 ) -> tuple[Array, Params, dict[str, Array]]:
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-    count = batch.tokens.shape[0]
 
-    def accumulate(total: tuple, micro: tuple[Array, ContrastiveBatch]) -> tuple[tuple, dict[str, Array]]:
+    def nothing(params: Params, reference: Params, batch: ContrastiveRows) -> Any:
+        zeros = jnp.zeros(batch.queries.shape, jnp.float32)
+        return (jnp.zeros((), jnp.float32), dict.fromkeys(_OF_QUERIES, zeros)), jax.tree.map(jnp.zeros_like, params)
+
+    def accumulate(total: tuple, micro: tuple[Array, ContrastiveRows]) -> tuple[tuple, dict[str, Array]]:
         number, batch = micro
-        (loss, seen), gradient = gradient_of(params, reference, batch)
+        # Steps have as many micro-batches as the one that needs most; those that are left empty cost nothing.
+        filled = jnp.any(batch.counts > 0)
+        (loss, seen), gradient = jax.lax.cond(filled, gradient_of, nothing, params, reference, batch)
         sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
         return (total[0] + loss, rounding.to_dtypes_of(total[1], sums, number)), seen
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(count), batch))
-    return loss / count, jax.tree.map(lambda g: g / count, _float32(gradients)), seen
+    (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(batch.queries.shape[0]), batch))
+    return loss, _float32(gradients), seen
 
 
 # gradient of a state's params -> the state after one update, in float32
@@ -274,10 +291,14 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def _query_kl(policy: Array, reference: Array, mask: Array) -> Array:
-    """Mean over the C x R cells of one query: logits [C, R, K, V] twice, mask [R, K]."""
-    over_responses = jax.vmap(response_kl)
-    return jnp.mean(jax.vmap(over_responses, in_axes=(0, 0, None))(policy, reference, mask))
+def _query_kls(policy: Array, reference: Array, batch: ContrastiveRows) -> Array:
+    """[Q] means over the C x R cells of each query, of means over a cell's tokens: logits [G, L, V] twice."""
+
+    def of_token(policy: Array, reference: Array) -> Array:
+        return response_kl(policy[None], reference[None], jnp.ones(1, bool))
+
+    kls = jax.vmap(jax.vmap(of_token))(policy, reference)
+    return jnp.mean(over_cells(kls, batch, normalize="mean"), axis=(1, 2))
 
 
 def _share_changed(before: Params, after: Params) -> Array:
@@ -290,5 +311,5 @@ def _share_changed(before: Params, after: Params) -> Array:
 
 
 def nonfinite_examples(metrics: StepMetrics, example_ids: Sequence[Any]) -> list[Any]:
-    """The ids of the step's queries whose own loss is not finite."""
+    """The ids of the step's queries whose loss is not finite: their own, or that of one in the same row."""
     return [i for i, loss in zip(example_ids, gather(metrics.query_losses), strict=True) if not np.isfinite(loss)]

@@ -60,22 +60,26 @@ class DecodeFn(NamedTuple):
     step: Callable[[Params, Any, Array, Array], tuple[Array, Any]]
 
 
-class ContrastiveBatch(NamedTuple):
-    """B queries with C constitutions and R = C responses each; one sequence per (constitution, response) cell.
+class ContrastiveRows(NamedTuple):
+    """A micro-batch: up to Q whole queries of C constitutions and R responses in packed rows (`scoring.packed_rows`).
 
-    Masks come from lengths, never from a pad id: Mistral's pad is its end-of-sequence token.
+    Labels come from lengths, never from a pad id: Mistral's pad is its end-of-sequence token.
 
     Attributes:
-      tokens: [B, C, R, T] int32. Prompt of constitution c, then response r, then padding.
-      prompt_lengths: [B, C] int32. Tokens of each prompt.
-      targets: [B, R, K] int32. The responses' own tokens, padded.
-      target_mask: [B, R, K] bool. True where a response token counts.
+      rows: N rows of S slots, N / G of them in each of the G parts that devices share.
+      at: [G, L] int32. Slots of a part, row by row, whose hidden state predicts a label.
+      labels: [G, L] int32. The response tokens.
+      cells: [G, L] int32. Cell (q C + c) R + r that a label counts in; Q C R for padding.
+      counts: [Q, C, R] int32. Tokens of each cell.
+      queries: [Q] int32. Which query of its group each is, of n queries; n where there is none.
     """
 
-    tokens: Array
-    prompt_lengths: Array
-    targets: Array
-    target_mask: Array
+    rows: Rows
+    at: Array
+    labels: Array
+    cells: Array
+    counts: Array
+    queries: Array
 
 
 class TrainState(NamedTuple):

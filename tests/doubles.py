@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sami_jax.data.pairs import Pair
 from sami_jax.data.tokenizer import Tokenizer
-from sami_jax.scoring import causal_rows
+from sami_jax.scoring.matrices import causal_rows
+from sami_jax.scoring.packed_rows import Packing, RowLimits, pack_rows
 from sami_jax.types import Array, DecodeFn, Params, RowModel, Rows
 
 
@@ -38,8 +39,8 @@ def hidden(params: Params, rows: Rows) -> Array:
     """The logits themselves, summed over what each slot sees: the head is the identity."""
     slots = jnp.arange(rows.tokens.shape[1])
     seen = (slots[None, None, :] <= slots[None, :, None]) & (slots[None, :, None] < rows.ends[:, None, :])
-    weights = (1 + rows.positions % 3).astype(jnp.float32)
-    context = jnp.asarray(params["context"])[rows.tokens] * weights[:, :, None]
+    context = jnp.asarray(params["context"])[rows.tokens]
+    context = context * (1 + rows.positions % 3).astype(context.dtype)[:, :, None]
     return jnp.asarray(params["last"])[rows.tokens] + jnp.einsum("nqk,nkv->nqv", seen.astype(context.dtype), context)
 
 
@@ -93,14 +94,30 @@ def pair(
     return Pair(example_id, texts, texts, tuple(map(tuple, prompt_ids)), tuple(map(tuple, response_ids)))
 
 
-def random_pairs(count: int, *, vocab: int, seed: int = 0, constitutions: int = 2) -> list[Pair]:
-    """Pairs with ragged prompts of 2 to 5 tokens and responses of 1 to 4."""
+def packing(
+    *groups: Sequence[Pair], shards: int = 1, rows: int = 2, widest: int = 64, eos_id: int | None = None, **limits: int
+) -> Packing:
+    """Groups of pairs in rows: `rows` in each of `shards` parts, of any width up to `widest`."""
+    limits = {"multiple": 1, "dear_width": 10**6, **limits}
+    return pack_rows(groups, RowLimits(shards, rows, widest, **limits), eos_id=eos_id)
+
+
+def random_pairs(
+    count: int,
+    *,
+    vocab: int,
+    seed: int = 0,
+    constitutions: int = 2,
+    prompts: tuple[int, int] = (2, 5),
+    responses: tuple[int, int] = (1, 4),
+) -> list[Pair]:
+    """Pairs with ragged prompts and responses, of so many tokens at least and at most."""
     rng = np.random.default_rng(seed)
 
     def rows(low: int, high: int) -> list[list[int]]:
         return [rng.integers(0, vocab, rng.integers(low, high + 1)).tolist() for _ in range(constitutions)]
 
-    return [pair(rows(2, 5), rows(1, 4), f"q{i}") for i in range(count)]
+    return [pair(rows(*prompts), rows(*responses), f"q{i}") for i in range(count)]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

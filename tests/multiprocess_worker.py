@@ -41,15 +41,15 @@ from sami_jax.responding import respond
 from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.run.chats import given_source
 from sami_jax.safe_point import stop_on_signal
-from sami_jax.scoring import all_logits, make_batch
-from sami_jax.sharding import batch_sharding, gather, make_mesh, micro_batch_sharding, put_on_devices
+from sami_jax.scoring.matrices import all_logits, shardings_of_rows
+from sami_jax.sharding import batch_sharding, gather, make_mesh, put_on_devices
 from sami_jax.stages.export import convert
 from sami_jax.stages.judge import Judge
-from sami_jax.stages.score import Scoring, matrices
+from sami_jax.stages.score import Scoring, matrices, packed
 from sami_jax.stages.stage import Output, Stage, complete, file_source
 from sami_jax.stages.train import abstract_train_state, fresh_state
 from sami_jax.stages.write_principles import WritePrinciples
-from sami_jax.training import make_train_step, micro_batches, nonfinite_examples
+from sami_jax.training import make_train_step, nonfinite_examples
 from sami_jax.types import TrainState
 
 PROCESSES, DEVICES = 2, 8
@@ -180,8 +180,8 @@ def way_through(
 
     state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)
-    batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), QUERIES // 2)
-    batch = put_on_devices(batch, micro_batch_sharding(loaded.mesh))
+    batch = packed(loaded, [pairs], Scoring.of(config.train)).stacked(0)
+    batch = put_on_devices(batch, shardings_of_rows(loaded.mesh, stacked=True))
     state, metrics = make_train_step(loaded.model.rows, config.train)(state, loaded.params, batch)
     arrays |= {f"metrics.{name}": gather(value) for name, value in metrics._asdict().items()}
     arrays |= named(gather(state))

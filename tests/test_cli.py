@@ -179,7 +179,7 @@ def test_what_a_command_does_not_read_does_not_stop_it(model, tmp_path, capsys):
 
 SETTINGS = {
     "generate": ("sampling.max_new_tokens", "sampling.stop", "compute_dtype", "mesh.fsdp"),
-    "score": ("train.normalize", "train.micro_batch_queries", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
+    "score": ("train.normalize", "train.rows_per_device", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
     "train": ("seed", "train.steps", "train.kl_beta", "prompts.boundary", "compute_dtype", "mesh.fsdp"),
     "evaluate": (
         "seed",
@@ -537,17 +537,18 @@ def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_comm
 
 
 def test_out_of_memory_is_70_with_what_helps_and_no_traceback(model, tmp_path, capsys):
-    """Sequences padded to 2^45 tokens are more than any machine addresses."""
+    """2^45 rows are more than any machine addresses."""
     prompts, pairs = write(tmp_path / "prompts.jsonl", {"prompt": "a"}), write(tmp_path / "pairs.json", entries())
     huge = 2**45
-    score, two = f"--config.train.round_tokens_to={huge}", "--config.train.micro_batch_queries=2"
-    given = [f"--model={model}", f"--pairs={pairs}", score]
-    says = ("out of memory scoring 1 queries at once (", "more at once): share the weights", "config.mesh.fsdp, now 1")
-    fails(capsys, 70, "score", *given, says=says)
-    fails(capsys, 70, "score", *given, two, says=("lower config.train.micro_batch_queries, now 2; share",))
+    given = [f"--model={model}", f"--pairs={pairs}", f"--config.train.rows_per_device={huge}"]
+    says = (
+        f"out of memory scoring {huge} rows of 64 tokens",
+        f"more at once): lower config.train.rows_per_device, now {huge}",
+    )
+    fails(capsys, 70, "score", *given, says=(*says, "; share the weights", "config.mesh.fsdp, now 1"))
     train = ["--config.train.queries_per_step=2", "--config.train.steps=(1,)", "--config.train.passes=2"]
-    says = (f"in step 1 of iteration 1, on sequences of {huge} tokens (", "micro_batch_queries, now 2", "stochastic")
-    assert main(["train", *given, two, *train, f"--out={tmp_path / 'out'}"]) == 70
+    says = (f"in step 1 of iteration 1, on {huge} rows of 64 tokens", f"rows_per_device, now {huge}", "stochastic")
+    assert main(["train", *given, *train, f"--out={tmp_path / 'out'}"]) == 70
     message = capsys.readouterr().err
     assert all(part in message for part in says) and "Traceback" not in message and "defect" not in message
     generate = [f"--model={model}", f"--prompts={prompts}", f"--out={tmp_path / 'o'}"]

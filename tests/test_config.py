@@ -107,14 +107,6 @@ class TestRefusals:
         [
             ({"iterations": 4}, "train.steps is (2, 4, 6): it needs a positive number of steps for each iteration (4)"),
             ({"train": {"steps": (2, 0, 6)}}, "config.train.steps is (2, 0, 6)"),
-            (
-                {
-                    "train": {"queries_per_step": 12, "micro_batch_queries": 2},
-                    "mesh": {"data": 2, "fsdp": 2, "expert": 2},
-                },
-                "config.train.queries_per_step is 12, which is no multiple of train.micro_batch_queries x mesh.data x "
-                "mesh.fsdp x mesh.expert = 16",
-            ),
         ],
     )
     def test_what_does_not_fit_a_training_is_refused_where_there_is_one(self, settings, message):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sami_jax import scoring
 from sami_jax.model.decoder import abstract_params, init_params, make_model
+from sami_jax.scoring import matrices
 from sami_jax.sharding import RULES
 from sami_jax.types import Remat
 from tiny_models import random_params, tiny_config
@@ -35,7 +35,7 @@ def tokens_of(rows: int, width: int, *, seed: int = 0, vocab_size: int = 61) -> 
 
 def all_logits(model, params, tokens: jax.Array) -> jax.Array:
     """[B, T, V], scored at every position."""
-    return scoring.all_logits(model.rows, params, tokens)
+    return matrices.all_logits(model.rows, params, tokens)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

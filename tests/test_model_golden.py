@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import doubles
 from ladder import rungs
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import from_dict
@@ -21,9 +22,9 @@ from sami_jax.model.decoder import Model, make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.sampling import greedy
-from sami_jax.scoring import all_logits, batch_widths, cell_logps, make_batch, response_logits, score_pairs
-from sami_jax.sharding import batch_sharding, make_mesh
-from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches
+from sami_jax.scoring.matrices import all_logits, cell_logps, label_logits, score_packed
+from sami_jax.sharding import make_mesh
+from sami_jax.training import init_state, make_optimizer, make_train_step
 from sami_jax.types import Array, Params
 from tiny_models import load_float32
 
@@ -132,11 +133,10 @@ def test_greedy_tokens(golden):
 
 def test_gradients(golden):
     rows = [golden.pairs[i] for i in golden.says["order"][0]]
-    width, response_width = batch_widths(rows, round_to=4, eos_id=None)
-    batch = jax.tree.map(jnp.asarray, make_batch(rows, width=width, response_width=response_width, eos_id=None))
+    [batch] = doubles.packing(rows, rows=6).micro_batches(0)
 
     def loss(params: Params) -> Array:
-        logits = response_logits(golden.model.rows, params, batch)
+        logits = label_logits(golden.model.rows, params, batch)
         return jnp.mean(jax.vmap(sami_loss)(cell_logps(logits, batch, normalize="mean")).loss)
 
     expected = golden.load("gradients/")
@@ -150,18 +150,12 @@ def test_gradients(golden):
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
-@pytest.mark.parametrize("rows, round_to", [(2, 1), (5, 16)])  # five queries: the first way leaves a batch half full
-def test_contrastive_matrix(golden, normalize, rows, round_to):
+@pytest.mark.parametrize("rows", [2, 5])
+def test_contrastive_matrix(golden, normalize, rows):
     scored: list[int] = []
-    matrices = score_pairs(
-        golden.model.rows,
-        golden.params,
-        golden.pairs,
-        normalize=normalize,
-        rows=rows,
-        round_to=round_to,
-        sharding=batch_sharding(make_mesh(MeshConfig())),
-        scored=scored.append,
+    packing, mesh = doubles.packing(golden.pairs, rows=rows), make_mesh(MeshConfig())
+    matrices = score_packed(
+        golden.model.rows, golden.params, packing, 0, normalize=normalize, mesh=mesh, scored=scored.append
     )
     expected = golden.says[f"{normalize}_logps"]
     # A sum of up to eight tokens is up to 60 nats, where float32 has steps of 4e-6.
@@ -172,17 +166,18 @@ def test_contrastive_matrix(golden, normalize, rows, round_to):
 
 
 @pytest.mark.parametrize("optimizer, learning_rate", [("adamw", 1e-3), ("rmsprop", 1e-4)])
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_four_step_losses(golden, optimizer, learning_rate, micro_batch):
-    train = from_dict({"train": {"optimizer": optimizer, "learning_rate": learning_rate}}).train
+@pytest.mark.parametrize("rows", [2, 6])
+def test_four_step_losses(golden, optimizer, learning_rate, rows):
+    settings = {"optimizer": optimizer, "learning_rate": learning_rate, "queries_per_step": 3}
+    train = from_dict({"train": settings}).train
     step = make_train_step(golden.model.rows, train)
     state = init_state(jax.tree.map(jnp.copy, golden.params), make_optimizer(train))
-    width, response_width = batch_widths(golden.pairs, round_to=4, eos_id=None)
+    steps = [[golden.pairs[i] for i in indices] for indices in golden.says["order"]]
+    packing = doubles.packing(*steps, rows=rows, widest=40)
+    assert packing.depth == {2: 3, 6: 1}[rows]
     losses, over_responses, over_constitutions = [], [], []
-    for indices in golden.says["order"]:
-        rows = [golden.pairs[i] for i in indices]
-        batch = make_batch(rows, width=width, response_width=response_width, eos_id=None)
-        state, metrics = step(state, golden.params, jax.tree.map(jnp.asarray, micro_batches(batch, micro_batch)))
+    for number in range(len(steps)):
+        state, metrics = step(state, golden.params, jax.tree.map(jnp.asarray, packing.stacked(number)))
         losses.append(float(metrics.loss))
         over_responses.append(float(metrics.over_responses))
         over_constitutions.append(float(metrics.over_constitutions))

@@ -28,7 +28,7 @@ from sami_jax.evaluation.pairwise_judge import (
     verdict_of,
 )
 from sami_jax.progress import Progress
-from sami_jax.scoring import all_logits
+from sami_jax.scoring.matrices import all_logits
 from server_judges import judging, parts, shorter
 from talking_model import CHAT
 from tiny_run import tiny_run_config

@@ -30,7 +30,7 @@ def programs(shape=SHAPE, *, mesh=None, names=ALL, **train) -> dict[str, Program
 
 
 def test_every_program_of_a_run_is_compiled_and_shared_devices_hold_less():
-    one, eight = programs(micro_batch_queries=8), programs(mesh=MeshConfig(fsdp=8))
+    one, eight = programs(rows_per_device=16), programs(mesh=MeshConfig(fsdp=8))
     assert list(one) == list(eight) == list(ALL)
     for name, program in one.items():
         assert not program.refusal and program.compile_s > 0
@@ -42,9 +42,10 @@ def test_flops_are_those_of_the_batch():
     """Linear in layers and queries, which a count of a scan's body alone is not."""
     shapes = [dataclasses.replace(SHAPE, n_layers=n) for n in (1, 3)]
     shallow, deep = (programs(shape, names=["train step"], remat="none") for shape in shapes)
-    tokens = 8 * 2 * 2 * 16
+    # Packs of 12 - 1 + 2 x 4 = 19 tokens: three to a row of 64, and so three queries to two rows.
+    tokens = 3 * 2 * 64
     matmuls = 64 * 8 * 16 * 2 + 64 * 8 * 16 * 2 + 3 * 64 * 512
-    attention = 2 * 2 * 8 * 16 * 16  # scores and mixing, for each token
+    attention = 2 * 2 * 8 * 16 * 64  # scores and mixing, for each token
     a_layer = 3 * tokens * (2 * matmuls + attention)
     assert deep["train step"].flops - shallow["train step"].flops == 2 * a_layer
 

@@ -160,6 +160,10 @@ def write_run(
             kept, dropped = 512 * k, {"identical": 301 + k, "empty": 0, "unfinished": 7}
             sampled = kept + sum(dropped.values())
             _write(
+                folder / "train" / "DONE.json",
+                {"counts": {"steps": 3, "rows": 8 * k, "row_tokens": 896, "real_share": 0.914}},
+            )
+            _write(
                 folder / "sample" / "DONE.json",
                 {"counts": {"queries": 4000, "sampled": sampled, "kept": kept, "dropped": dropped}},
             )
@@ -261,6 +265,11 @@ def test_funnel_counts(run_dir, page):
     assert "sampled 821 1334 1847" in text  # 512 k + 301 + k + 7
     assert "dropped: identical 302 303 304 dropped: empty 0 0 0 dropped: unfinished 7 7 7" in text
     assert "kept 512 62.4 % of sampled 1024 76.8 % of sampled" in text  # 512 / 821, 1024 / 1334
+
+
+def test_rows_of_each_training(page):
+    assert "8 rows of 896 tokens at once, 91 % of them real; the rest is padding." in _text(page)
+    assert "24 rows of 896 tokens at once" in _text(page)
 
 
 def test_headline_follows_the_numbers(tmp_path, run_dir):

@@ -72,7 +72,7 @@ def flags(tmp_path_factory) -> list[str]:
         "--config.train.checkpoint_every=1",
         "--config.train.passes=2",
         "--config.mesh.fsdp=4",
-        "--config.train.micro_batch_queries=1",
+        "--config.train.rows_per_device=2",
         # What makes it shorter: a base that knows little, and whose answers are taken as they are; few of them judged.
         "--config.pretraining.steps=100",
         "--config.filters.sentence_ends=abcdefghijklmnopqrstuvwxyz.",

@@ -1,16 +1,21 @@
-"""Contrastive batches and their log-probs against a model whose log-probs numpy sums one cell at a time."""
+"""Packed rows and their log-probs against a model whose log-probs numpy sums one cell at a time."""
 
 import math
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import doubles
+from sami_jax.config.mesh import MeshConfig
 from sami_jax.data.pairs import Pair
-from sami_jax.scoring import batch_widths, contrastive_logps, make_batch, response_logits, score_pairs
-from sami_jax.types import ContrastiveBatch
+from sami_jax.errors import BadDataError
+from sami_jax.scoring.matrices import contrastive_logps, label_logits, score_packed
+from sami_jax.scoring.packed_rows import Packing
+from sami_jax.sharding import make_mesh
+from sami_jax.types import ContrastiveRows
 
 VOCAB = 11
 PARAMS = doubles.table_params(VOCAB, seed=1)
@@ -19,69 +24,126 @@ PAIRS = doubles.random_pairs(5, vocab=VOCAB, seed=1)
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-5}
 
 
-def logps_of(pairs: list[Pair], *, normalize: str = "sum", width: int = 12, response_width: int = 6) -> np.ndarray:
-    batch = make_batch(pairs, width=width, response_width=response_width, eos_id=None)
-    return np.asarray(contrastive_logps(doubles.MODEL, PARAMS, batch, normalize=normalize))
+def scored(packing: Packing, *, normalize: str = "sum", params=PARAMS, seen=lambda done: None, mesh=None) -> np.ndarray:
+    mesh = mesh or make_mesh(MeshConfig())
+    return score_packed(doubles.MODEL, params, packing, 0, normalize=normalize, mesh=mesh, scored=seen)
 
 
-def scored(pairs: list[Pair], *, rows: int, normalize: str = "mean", round_to: int = 4, seen=lambda done: None):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return score_pairs(
-        doubles.MODEL,
-        PARAMS,
-        pairs,
-        normalize=normalize,
-        rows=rows,
-        round_to=round_to,
-        sharding=sharding,
-        scored=seen,
-    )
+def only_batch(packing: Packing) -> ContrastiveRows:
+    [batch] = packing.micro_batches(0)
+    return batch
 
 
-class TestMakeBatch:
+class TestLayout:
     def test_by_hand(self):
         one = doubles.pair([[1, 2, 3], [4, 5]], [[6], [7, 8]])
-        batch = make_batch([one], width=6, response_width=3, eos_id=None)
-        expected_tokens = [
-            [[1, 2, 3, 6, 0, 0], [1, 2, 3, 7, 8, 0]],  # constitution 0 before responses 0 and 1
-            [[4, 5, 6, 0, 0, 0], [4, 5, 7, 8, 0, 0]],
-        ]
-        np.testing.assert_array_equal(batch.tokens[0], expected_tokens)
-        np.testing.assert_array_equal(batch.prompt_lengths, [[3, 2]])
-        np.testing.assert_array_equal(batch.targets, [[[6, 0, 0], [7, 8, 0]]])
-        np.testing.assert_array_equal(batch.target_mask, [[[True, False, False], [True, True, False]]])
-        assert (batch.tokens.dtype, batch.prompt_lengths.dtype, batch.target_mask.dtype) == (np.int32, np.int32, bool)
+        batch = only_batch(doubles.packing([one], rows=1, multiple=12))
+        # The prompt but for its last token, then that token and what it leads to, once for each response.
+        np.testing.assert_array_equal(batch.rows.tokens, [[1, 2, 3, 3, 7, 4, 5, 5, 7, 0, 0, 0]])
+        np.testing.assert_array_equal(batch.rows.positions, [[0, 1, 2, 2, 3, 0, 1, 1, 2, 0, 0, 0]])
+        np.testing.assert_array_equal(batch.rows.ends, [[5, 5, 3, 5, 5, 9, 7, 9, 9, 10, 11, 12]])
+        np.testing.assert_array_equal(batch.at[0, :6], [2, 3, 4, 6, 7, 8])
+        np.testing.assert_array_equal(batch.labels[0, :6], [6, 7, 8, 6, 7, 8])
+        np.testing.assert_array_equal(batch.cells[0, :6], [0, 1, 1, 2, 3, 3])
+        np.testing.assert_array_equal(batch.cells[0, 6:], 4)
+        np.testing.assert_array_equal(batch.counts, [[[1, 2], [1, 2]]])
+        np.testing.assert_array_equal(batch.queries, [0])
+        assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
 
     def test_end_of_sequence_is_appended_to_every_response_and_counts(self):
         one = doubles.pair([[1, 2, 3], [4, 5]], [[6], [7, 8]])
-        batch = make_batch([one], width=6, response_width=3, eos_id=9)
-        np.testing.assert_array_equal(batch.tokens[0, 0], [[1, 2, 3, 6, 9, 0], [1, 2, 3, 7, 8, 9]])
-        np.testing.assert_array_equal(batch.tokens[0, 1], [[4, 5, 6, 9, 0, 0], [4, 5, 7, 8, 9, 0]])
-        np.testing.assert_array_equal(batch.targets, [[[6, 9, 0], [7, 8, 9]]])
-        np.testing.assert_array_equal(batch.target_mask, [[[True, True, False], [True, True, True]]])
+        batch = only_batch(doubles.packing([one], rows=2, multiple=7, eos_id=9))
+        np.testing.assert_array_equal(batch.rows.tokens, [[1, 2, 3, 6, 3, 7, 8], [4, 5, 6, 5, 7, 8, 0]])
+        np.testing.assert_array_equal(batch.labels[0, :10], [6, 9, 7, 8, 9, 6, 9, 7, 8, 9])
+        np.testing.assert_array_equal(batch.at[0, :10], [2, 3, 4, 5, 6, 8, 9, 10, 11, 12])
+        np.testing.assert_array_equal(batch.counts, [[[2, 3], [2, 3]]])
 
-    @pytest.mark.parametrize(
-        ("round_to", "eos_id", "expected"),
-        [(1, None, (5, 2)), (1, 9, (6, 3)), (4, None, (8, 4)), (5, None, (5, 5)), (5, 9, (10, 5))],
-    )
-    def test_widths_hold_the_longest_prompt_with_the_longest_response(self, round_to, eos_id, expected):
-        # Longest prompt 3 + longest response 2 = 5, although constitution 0's own response has one token only.
-        pairs = [doubles.pair([[1, 2, 3], [4, 5]], [[6], [7, 8]]), doubles.pair([[1], [2]], [[3], [4]])]
-        assert batch_widths(pairs, round_to=round_to, eos_id=eos_id) == expected
+    def test_each_part_of_the_rows_has_its_own_labels(self):
+        one = doubles.pair([[1, 2, 3], [4, 5]], [[6], [7, 8]])
+        batch = only_batch(doubles.packing([one], shards=2, rows=1, multiple=6))
+        np.testing.assert_array_equal(batch.rows.tokens, [[1, 2, 3, 3, 7, 0], [4, 5, 5, 7, 0, 0]])
+        np.testing.assert_array_equal(batch.at[:, :3], [[2, 3, 4], [1, 2, 3]])  # slots of the part
+        np.testing.assert_array_equal(batch.cells[:, :3], [[0, 1, 1], [2, 3, 3]])
 
-    def test_responses_without_tokens_still_make_a_batch(self):
-        pairs = [doubles.pair([[1, 2], [3]], [[], []])]
-        assert batch_widths(pairs, round_to=1, eos_id=None) == (2, 1)
-        assert scored(pairs, rows=1).shape == (1, 2, 2)
+    def test_prompts_of_one_token_and_responses_without_any(self):
+        pairs = [doubles.pair([[1], [2]], [[3], []]), doubles.pair([[1], [2, 4]], [[], []])]
+        batch = only_batch(doubles.packing(pairs, rows=1, multiple=4))
+        np.testing.assert_array_equal(batch.rows.tokens, [[1, 2, 2, 0]])
+        np.testing.assert_array_equal(batch.counts, [[[1, 0], [1, 0]], [[0, 0], [0, 0]]])
+        matrix = scored(doubles.packing(pairs, rows=2))
+        expected = [[doubles.response_logps(PARAMS, prompt, [3]).sum()] for prompt in pairs[0].prompt_ids]
+        np.testing.assert_allclose(matrix[0, :, :1], expected, rtol=1e-5)
+        np.testing.assert_array_equal(matrix[0, :, 1], 0.0)
+        np.testing.assert_array_equal(matrix[1], 0.0)
 
-    @pytest.mark.parametrize("eos_id", [None, 9])
-    def test_the_widths_are_enough_and_no_more(self, eos_id):
-        width, response_width = batch_widths(PAIRS, round_to=1, eos_id=eos_id)
-        make_batch(PAIRS, width=width, response_width=response_width, eos_id=eos_id)
-        with pytest.raises(ValueError):
-            make_batch(PAIRS, width=width - 1, response_width=response_width, eos_id=eos_id)
-        with pytest.raises(ValueError):
-            make_batch(PAIRS, width=width, response_width=response_width - 1, eos_id=eos_id)
+    @pytest.mark.parametrize(("shards", "rows"), [(1, 2), (1, 5), (2, 2), (4, 1)])
+    def test_every_token_of_every_query_stands_once(self, shards, rows):
+        pairs = doubles.random_pairs(23, vocab=VOCAB, seed=6, constitutions=3)
+        packing = doubles.packing(pairs, shards=shards, rows=rows, widest=40, eos_id=9)
+        seen, real = [], 0
+        for batch in packing.micro_batches(0):
+            own = [int(query) for query in batch.queries if query < len(pairs)]
+            seen += own
+            labelled = np.bincount(batch.cells.reshape(-1), minlength=packing.layout.queries * 9 + 1)[:-1]
+            np.testing.assert_array_equal(labelled.reshape(-1, 3, 3), batch.counts)
+            for place, query in enumerate(own):
+                lengths = [len(ids) + 1 for ids in pairs[query].response_ids]
+                np.testing.assert_array_equal(batch.counts[place], [lengths] * 3)
+                real += sum(len(prompt) - 1 + sum(lengths) for prompt in pairs[query].prompt_ids)
+            assert not batch.counts[len(own) :].any()
+        assert sorted(seen) == list(range(len(pairs)))
+        count = sum(1 for _ in packing.micro_batches(0))
+        assert packing.real_share == real / (count * shards * rows * packing.layout.width)
+
+
+class TestWidth:
+    def lengths(self, *packs: int) -> list[Pair]:
+        """Queries of two packs of so many tokens."""
+        return [doubles.pair([[1] * (size - 3)] * 2, [[2, 3], [4, 5]], f"of {size}") for size in packs]
+
+    def width(self, *packs: int, **limits: int) -> int:
+        return doubles.packing(self.lengths(*packs), **limits).layout.width
+
+    def test_is_a_multiple_that_holds_the_longest_pack(self):
+        assert self.width(9, 20, 12, widest=24, multiple=8) == 24
+        assert self.width(20, widest=20, multiple=16) == 32  # `widest` is rounded up
+
+    def test_is_the_one_that_leaves_least_empty(self):
+        # Rows of 20 hold two packs of 10 and are full, those of 12, 16, 24 or 28 are not.
+        assert self.width(*[10] * 8, rows=2, widest=30, multiple=4) == 20
+        # Packs of 14 leave 6 of 20 empty, in rows of 30 only 2.
+        assert self.width(*[14] * 8, rows=2, widest=30, multiple=10) == 30
+
+    def test_is_narrow_where_attention_is_dear(self):
+        assert self.width(*[14] * 8, rows=2, widest=30, multiple=10, dear_width=10) == 20
+
+    def test_is_chosen_by_all_groups_and_the_same_for_them(self):
+        groups = self.lengths(10, 10), self.lengths(40)
+        packing = doubles.packing(*groups, rows=2, multiple=5)
+        shapes = {batch.rows.tokens.shape for group in (0, 1) for batch in packing.micro_batches(group)}
+        assert shapes == {(2, 40)} and packing.layout.width == 40
+
+    def test_leaves_room_for_every_query_where_packs_must_share_rows(self):
+        # Eight packs in three rows: three of them in a row, 30 tokens.
+        pairs = [doubles.pair([[1] * 7] * 8, [[2], [3], [4], [5]][:4] * 1, "many")]
+        assert doubles.packing(pairs, rows=3, widest=100, multiple=10).layout.width == 30
+
+    def test_refuses_a_pack_longer_than_the_widest_row(self):
+        with pytest.raises(BadDataError) as error:
+            self.width(12, 31, 14, widest=30)
+        assert str(error.value) == (
+            "Query 'of 31': a prompt and its 2 responses take 31 tokens, but a row has at most "
+            "config.train.max_row_tokens=30; raise it to 31 or more, or shorten or remove the query."
+        )
+
+    def test_refuses_a_query_that_no_micro_batch_holds(self):
+        with pytest.raises(BadDataError) as error:
+            self.width(12, 16, 14, rows=1, widest=30)
+        assert str(error.value) == (
+            "Query 'of 16': its 2 prompts, each with all responses, take 32 tokens, and do not fit into the 1 x 30 "
+            "tokens of rows that are in memory at once; raise config.train.rows_per_device, now 1, or "
+            "config.train.max_row_tokens."
+        )
 
 
 class TestContrastiveLogps:
@@ -91,39 +153,36 @@ class TestContrastiveLogps:
         params["last"][2, 6] = math.log(3)  # after 2, token 6 has probability 3 / (3 + 10)
         params["last"][6, 7] = math.log(3)
         one = doubles.pair([[1, 2], [1, 3]], [[6, 7], [5]])
-        batch = make_batch([one], width=4, response_width=2, eos_id=None)
-        logps = contrastive_logps(doubles.MODEL, params, batch, normalize="sum")
         expected = [
             [2 * math.log(3 / 13), math.log(1 / 13)],  # after 2: 6 then 7; 5
             [math.log(1 / 11) + math.log(3 / 13), math.log(1 / 11)],  # after 3: 6 unfavoured, then 7; 5
         ]
-        np.testing.assert_allclose(logps[0], expected, rtol=1e-6)
+        np.testing.assert_allclose(scored(doubles.packing([one]), params=params)[0], expected, rtol=1e-6)
 
     @pytest.mark.parametrize("normalize", ["mean", "sum"])
     def test_numpy_reference_cell_by_cell(self, normalize):
         expected = np.stack([doubles.pair_logps(PARAMS, one, normalize=normalize) for one in PAIRS])
         # A matrix transposed, or with its diagonal shifted, would show.
         assert np.abs(expected - expected.transpose(0, 2, 1)).min(axis=0)[0, 1] > 0.1
-        np.testing.assert_allclose(logps_of(PAIRS, normalize=normalize), expected, **TOLERANCE)
+        np.testing.assert_allclose(scored(doubles.packing(PAIRS), normalize=normalize), expected, **TOLERANCE)
 
-    def test_three_constitutions(self):
-        pairs = doubles.random_pairs(2, vocab=VOCAB, seed=2, constitutions=3)
+    @pytest.mark.parametrize(("prompts", "responses"), [(3, 3), (1, 2), (2, 3)])
+    def test_any_number_of_prompts_and_responses(self, prompts, responses):
+        many = doubles.random_pairs(4, vocab=VOCAB, seed=2, constitutions=3)
+        pairs = [doubles.pair(one.prompt_ids[:prompts], one.response_ids[:responses]) for one in many]
         expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="mean") for one in pairs])
-        np.testing.assert_allclose(logps_of(pairs, normalize="mean"), expected, **TOLERANCE)
+        np.testing.assert_allclose(scored(doubles.packing(pairs, rows=3), normalize="mean"), expected, **TOLERANCE)
 
     def test_the_mean_is_the_sum_over_the_number_of_tokens(self):
         lengths = np.array([[len(ids) for ids in one.response_ids] for one in PAIRS])
-        means, sums = logps_of(PAIRS, normalize="mean"), logps_of(PAIRS)
+        means, sums = (scored(doubles.packing(PAIRS), normalize=how) for how in ("mean", "sum"))
         np.testing.assert_allclose(means * lengths[:, None, :], sums, rtol=1e-6)
         assert len(set(lengths.ravel().tolist())) > 1
 
     def test_end_of_sequence_is_scored_as_one_more_token(self):
-        width, response_width = batch_widths(PAIRS, round_to=1, eos_id=9)
-        batch = make_batch(PAIRS, width=width, response_width=response_width, eos_id=9)
         longer = [doubles.pair(one.prompt_ids, [(*ids, 9) for ids in one.response_ids]) for one in PAIRS]
         expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="sum") for one in longer])
-        actual = contrastive_logps(doubles.MODEL, PARAMS, batch, normalize="sum")
-        np.testing.assert_allclose(actual, expected, **TOLERANCE)
+        np.testing.assert_allclose(scored(doubles.packing(PAIRS, eos_id=9)), expected, **TOLERANCE)
 
     def test_every_response_token_counts_and_no_prompt_token_does(self):
         # Token 10 stands at one place only; its log-prob there is made 1000 nats lower by its own column.
@@ -133,9 +192,8 @@ class TestContrastiveLogps:
         places |= {"response's first": ([1, 2], [10, 4]), "response's last": ([1, 2], [3, 10])}
         seen = {}
         for name, (prompt, response) in places.items():
-            batch = make_batch([doubles.pair([prompt] * 2, [response] * 2)], width=6, response_width=3, eos_id=None)
-            logps = np.asarray(contrastive_logps(doubles.MODEL, params, batch, normalize="sum"))
-            seen[name] = bool((logps < -900).all())
+            one = doubles.pair([prompt] * 2, [response] * 2)
+            seen[name] = bool((scored(doubles.packing([one]), params=params) < -900).all())
         assert seen == {
             "prompt's first": False,
             "prompt's last": False,
@@ -143,92 +201,64 @@ class TestContrastiveLogps:
             "response's last": True,
         }
 
-    @pytest.mark.parametrize(("width", "response_width"), [(9, 4), (16, 4), (9, 9), (32, 16)])
-    def test_widths_change_nothing(self, width, response_width):
-        exact = logps_of(PAIRS)
-        np.testing.assert_allclose(logps_of(PAIRS, width=width, response_width=response_width), exact, rtol=1e-6)
-
-    @pytest.mark.parametrize("pad", [0, 2, 9])
+    @pytest.mark.parametrize("pad", [2, 9])
     def test_what_stands_in_the_padding_changes_nothing(self, pad):
         # 2 is a token that prompts and responses use, 9 is the end of sequence in a tokenizer whose pad is its eos.
-        batch = make_batch(PAIRS, width=12, response_width=6, eos_id=9)
-        filled = np.full_like(batch.tokens, pad)
-        for b, one in enumerate(PAIRS):
-            for c, prompt in enumerate(one.prompt_ids):
-                for r, ids in enumerate(one.response_ids):
-                    length = len(prompt) + len(ids) + 1
-                    filled[b, c, r, :length] = batch.tokens[b, c, r, :length]
-        targets = np.where(batch.target_mask, batch.targets, pad).astype(np.int32)
-        padded = ContrastiveBatch(filled, batch.prompt_lengths, targets, batch.target_mask)
-        before, after = (contrastive_logps(doubles.MODEL, PARAMS, x, normalize="mean") for x in (batch, padded))
+        batch = only_batch(doubles.packing(PAIRS, rows=5, multiple=50, eos_id=9))
+        empty = np.asarray(batch.rows.ends) == np.arange(1, 51)
+        assert empty.sum() > 50
+        tokens = np.where(empty & (np.asarray(batch.rows.positions) == 0), pad, batch.rows.tokens).astype(np.int32)
+        labels = np.where(batch.cells == batch.counts.size, pad, batch.labels).astype(np.int32)
+        filled = batch._replace(rows=batch.rows._replace(tokens=tokens), labels=labels)
+        before, after = (contrastive_logps(doubles.MODEL, PARAMS, x, normalize="mean") for x in (batch, filled))
         np.testing.assert_array_equal(before, after)
 
-    def test_logits_of_response_positions_are_asked_for_and_exist(self):
-        batch = make_batch(PAIRS, width=9, response_width=4, eos_id=None)
-        logits = np.asarray(response_logits(doubles.MODEL, PARAMS, batch))
-        assert logits.shape == (5, 2, 2, 4, VOCAB)
-        one = PAIRS[2]
-        prefix = [*one.prompt_ids[1], *one.response_ids[0]]
-        np.testing.assert_array_equal(logits[2, 1, 0, 0], doubles.logits_after(PARAMS, one.prompt_ids[1]))
-        last = len(one.response_ids[0]) - 1
-        np.testing.assert_array_equal(logits[2, 1, 0, last], doubles.logits_after(PARAMS, prefix[:-1]))
-
-    def test_a_long_prompt_with_a_short_response_stays_inside_the_tokens(self):
-        # The first pair decides the width of 6, the second the response width of 4: from the first's prompt, four
-        # places on lie outside the tokens.
-        pairs = [doubles.pair([[1, 2, 3, 4, 5]] * 2, [[6], [7]]), doubles.pair([[1], [2]], [[3, 4, 5, 6], [7]])]
-        width, response_width = batch_widths(pairs, round_to=1, eos_id=None)
-        assert (width, response_width) == (6, 4)
-        expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="sum") for one in pairs])
-        np.testing.assert_allclose(logps_of(pairs, width=width, response_width=response_width), expected, **TOLERANCE)
-
     def test_refuses_a_batch_whose_parts_do_not_belong_together(self):
-        batch = make_batch(PAIRS, width=9, response_width=4, eos_id=None)
+        batch = only_batch(doubles.packing(PAIRS, rows=5))
         for broken in (
-            batch._replace(prompt_lengths=batch.prompt_lengths[:2]),
-            batch._replace(targets=batch.targets[:, :1]),
-            batch._replace(target_mask=batch.target_mask[..., :3]),
+            batch._replace(rows=batch.rows._replace(ends=batch.rows.ends[:, :3])),
+            batch._replace(labels=batch.labels[:, :1]),
+            batch._replace(cells=batch.cells[..., :3]),
+            batch._replace(queries=batch.queries[:1]),
         ):
             with pytest.raises(AssertionError):
-                response_logits(doubles.MODEL, PARAMS, broken)
+                label_logits(doubles.MODEL, PARAMS, broken)
 
 
-class TestScorePairs:
-    @pytest.mark.parametrize("rows", [1, 2, 5, 8])
-    def test_any_batch_size_gives_every_pair_once_in_order(self, rows):
+class TestScorePacked:
+    @pytest.mark.parametrize("rows", [2, 3, 10, 16])
+    def test_any_number_of_rows_gives_every_pair_once_in_order(self, rows):
         expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="mean") for one in PAIRS])
-        actual = scored(PAIRS, rows=rows)
+        actual = scored(doubles.packing(PAIRS, rows=rows, widest=16), normalize="mean")
         assert actual.dtype == np.float32
         np.testing.assert_allclose(actual, expected, **TOLERANCE)
 
-    def test_sum_and_mean_differ_as_they_should(self):
-        expected = np.stack([doubles.pair_logps(PARAMS, one, normalize="sum") for one in PAIRS])
-        np.testing.assert_allclose(scored(PAIRS, rows=2, normalize="sum"), expected, **TOLERANCE)
-
     def test_says_how_many_queries_are_done(self):
         seen: list[int] = []
-        scored(PAIRS, rows=2, seen=seen.append)
-        assert seen == [2, 4, 5]
+        scored(doubles.packing(PAIRS, rows=2, widest=20), seen=seen.append)
+        assert len(seen) > 1 and seen == sorted(set(seen)) and seen[-1] == 5
 
-    def test_batches_of_one_shape_share_a_trace(self):
+    def test_groups_share_a_trace(self):
         model = doubles.MODEL._replace(hidden=chex.assert_max_traces(doubles.hidden, n=1))
-        for seed in range(3):
-            batch = make_batch(doubles.random_pairs(2, vocab=VOCAB, seed=seed), width=12, response_width=6, eos_id=None)
-            contrastive_logps(model, PARAMS, batch, normalize="mean")
+        groups = [doubles.random_pairs(6, vocab=VOCAB, seed=seed) for seed in range(3)]
+        packing, mesh = doubles.packing(*groups, widest=20), make_mesh(MeshConfig())
+        for group in range(3):
+            score_packed(model, PARAMS, packing, group, normalize="mean", mesh=mesh, scored=lambda done: None)
 
-    def test_a_batch_split_over_devices_has_the_same_logps(self):
-        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    def test_rows_split_over_devices_have_the_same_logps(self):
+        mesh = make_mesh(MeshConfig(data=4))
         params = jax.device_put(PARAMS, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        actual = score_pairs(
-            doubles.MODEL,
-            params,
-            PAIRS,
-            normalize="mean",
-            rows=4,
-            round_to=4,
-            sharding=sharding,
-            scored=lambda done: None,
-        )
+        actual = scored(doubles.packing(PAIRS, shards=4, rows=1), params=params, mesh=mesh)
         # The same sums of exact logits on other devices; only the log-softmax rounds.
-        np.testing.assert_allclose(actual, scored(PAIRS, rows=4), rtol=1e-6)
+        np.testing.assert_allclose(actual, scored(doubles.packing(PAIRS, rows=2)), rtol=1e-6)
+
+    def test_room_for_more_queries_than_there_are(self):
+        packing = doubles.packing(PAIRS[:2], queries=7, rows=4)
+        assert only_batch(packing).queries.tolist() == [*only_batch(packing).queries[:2], 2, 2, 2, 2, 2]
+        np.testing.assert_allclose(scored(packing), scored(doubles.packing(PAIRS))[:2], rtol=1e-6)
+
+
+def test_a_model_of_bfloat16_has_float32_logits():
+    batch = only_batch(doubles.packing(PAIRS, rows=5))
+    rough = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    assert label_logits(doubles.MODEL, rough, batch).dtype == jnp.float32

@@ -17,20 +17,19 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.errors import BadConfigError
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.model.shape import DecoderConfig
-from sami_jax.scoring import all_logits, make_batch
+from sami_jax.scoring.matrices import all_logits, shardings_of_rows
 from sami_jax.sharding import (
     AXES,
     RULES,
     batch_sharding,
     batch_shards,
     make_mesh,
-    micro_batch_sharding,
     padded_size,
     param_shardings,
     put_on_devices,
     replicated,
 )
-from sami_jax.training import init_state, make_optimizer, make_train_step, micro_batches, round_to_dtypes
+from sami_jax.training import init_state, make_optimizer, make_train_step, round_to_dtypes
 from tiny_models import FAMILIES, random_params, tiny_config
 
 LAYOUTS = {
@@ -157,20 +156,23 @@ def test_stochastic_rounding_is_that_of_one_device(layout):
     assert doubles.same_bits(spread, rounded(exact, like, jax.random.key(5)))
 
 
-SETTINGS = TrainConfig(learning_rate=1e-2, eps=1e-3, kl_beta=0.5)  # eps: updates that feel the gradient's size
+SETTINGS = TrainConfig(
+    learning_rate=1e-2, eps=1e-3, kl_beta=0.5, queries_per_step=16
+)  # eps: updates that feel the gradient's size
 
 
 @functools.cache
 def two_steps(family: str, layout: str | None):
-    """The states after two steps of 16 queries, eight in memory at once, and their metrics; None is one device."""
+    """The states after two steps of 16 queries in 16 rows, and their metrics; None is one device."""
     shape, mesh = FAMILIES[family], make_mesh(LAYOUTS[layout] if layout else MeshConfig())
     shardings = param_shardings(mesh, *abstract_params(shape))
     policy, reference = (put_on_devices(random_params(shape, seed=seed), shardings) for seed in (0, 1))
     state = init_state(policy, make_optimizer(SETTINGS))
     state = jax.tree.map(lambda x: x if x.ndim else put_on_devices(x, replicated(mesh)), state)
     pairs = doubles.random_pairs(16, vocab=shape.vocab_size, seed=5)
-    batch = micro_batches(make_batch(pairs, width=12, response_width=4, eos_id=None), 8)
-    batch = put_on_devices(batch, micro_batch_sharding(mesh))
+    shards = batch_shards(mesh)
+    packing = doubles.packing(pairs, shards=shards, rows=16 // shards, widest=16)
+    batch = put_on_devices(packing.stacked(0), shardings_of_rows(mesh, stacked=True))
     # One trace of policy and reference: the step's outputs are its next inputs, sharded as they are.
     chex.clear_trace_counter()
     model = make_model(shape, mesh=mesh).rows

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from sami_jax.model.shape import DecoderConfig
 from sami_jax.responding import check_prompts, respond
 from sami_jax.run.loop import run
 from sami_jax.run.single_stages import evaluate_folder, score_file, train_folder
-from sami_jax.scoring import all_logits
+from sami_jax.scoring.matrices import all_logits
 from sami_jax.stages.export import Export, convert
 from sami_jax.stages.stage import Source, complete, file_source, model_source
 from sami_jax.stages.train import Train
@@ -82,7 +83,7 @@ def config_of(**train: Any) -> RunConfig:
     settings = {
         "steps": [3],
         "queries_per_step": 2,
-        "micro_batch_queries": 1,
+        "rows_per_device": 2,
         "passes": 1.5,
         "learning_rate": 1e-2,
     }
@@ -229,6 +230,39 @@ class TestSettingsReachTheModel:
         exact, rounded = (self.scores(model, pairs, compute_dtype=dtype) for dtype in ("float32", "bfloat16"))
         # bfloat16 has 8 bits: logits of size 5 to 10 are off by some hundredths, not by more than a tenth of a nat.
         assert 1e-3 < np.abs(exact - rounded).max() < 0.3
+
+    def test_sixty_queries_of_many_lengths_compile_four_programs(self, model, tmp_path, caplog):
+        """Matrices, loss, bound, and the check of the attention; reading the weights comes on top."""
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(1, 60, (60, 2, 2)).tolist()
+        queries = {
+            str(number): [{"prompt": "p" * p, "response": "r" * r, "example_id": number} for p, r in query]
+            for number, query in enumerate(lengths)
+        }
+        assert len({tuple(map(tuple, query)) for query in lengths}) == 60
+        (tmp_path / "many.json").write_text(json.dumps(queries))
+        with jax.log_compiles():
+            self.scores(model, tmp_path / "many.json")
+        compiled = re.findall(r"Finished XLA compilation of (\S+) in", caplog.text)
+        compiled = [name for name in compiled if name not in ("jit(zeros)", "jit(_put)")]
+        assert compiled.count("jit(contrastive_logps)") == 1 and len(compiled) <= 4, compiled
+
+    def test_a_pack_longer_than_the_widest_row_is_refused_with_nothing_written(self, model, pairs, tmp_path):
+        """Of scoring and of training."""
+        narrow, says = (
+            config_of(max_row_tokens=20),
+            "^Query [0-3]: a prompt and its 2 responses take 37 tokens, .*max_row_tokens=20;",
+        )
+        with pytest.raises(BadDataError, match=says):
+            score_file(narrow, model=str(model), pairs=pairs, out=tmp_path / "scores.jsonl")
+        with pytest.raises(BadDataError, match=says):
+            train_folder(narrow, model=str(model), pairs=pairs, out=tmp_path / "trained")
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+    def test_says_how_rows_are_filled(self, model, pairs, capsys):
+        self.scores(model, pairs)
+        says = r"scoring 2 rows of 64 tokens, \d+% of them real, up to 1 query at once"
+        assert re.search(says, capsys.readouterr().err)
 
     def test_normalize(self, model, pairs):
         tokenizer = load_tokenizer(model)
@@ -406,7 +440,7 @@ class TestEvaluate:
             self.evaluate(fewer, tmp_path / "fewer", base)
         assert not (tmp_path / "other").exists() and not (tmp_path / "fewer").exists()
 
-    @pytest.mark.parametrize("changed", [{"compute_dtype": "bfloat16"}, {"train": {"round_tokens_to": 16}}])
+    @pytest.mark.parametrize("changed", [{"compute_dtype": "bfloat16"}, {"train": {"rows_per_device": 16}}])
     def test_a_finished_folder_is_not_passed_off_as_another_settings(self, settings, tmp_path, changed):
         self.evaluate(settings, tmp_path / "out")
         with pytest.raises(BadConfigError, match="made from other inputs"):

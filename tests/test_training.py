@@ -11,13 +11,11 @@ import pytest
 
 import doubles
 from sami_jax.config.training import TrainConfig
-from sami_jax.scoring import make_batch
 from sami_jax.training import (
     TrainState,
     init_state,
     make_optimizer,
     make_train_step,
-    micro_batches,
     nonfinite_examples,
     query_indices,
     round_to_dtypes,
@@ -36,11 +34,12 @@ def small_params(seed: int = 0) -> dict[str, jax.Array]:
 
 def config(**changes) -> TrainConfig:
     # eps = 1: the updates are nearly proportional to the gradient, so a gradient of the wrong size shows.
-    return TrainConfig(**({"learning_rate": 0.1, "eps": 1.0, "weight_decay": 0.0} | changes))
+    return TrainConfig(**({"learning_rate": 0.1, "eps": 1.0, "weight_decay": 0.0, "queries_per_step": 4} | changes))
 
 
-def micro(pairs=PAIRS, queries: int = 2):
-    return micro_batches(make_batch(pairs, width=10, response_width=4, eos_id=None), queries)
+def micro(pairs=PAIRS, rows: int = 2):
+    """All pairs in micro-batches of so many rows; those of two packs a row hold a query each."""
+    return doubles.packing(pairs, rows=rows, widest=14).stacked(0)
 
 
 def run(settings: TrainConfig, *, steps: int = 1, batch=None, params=None, reference=None, model=doubles.MODEL):
@@ -111,21 +110,22 @@ class TestMetrics:
 
 class TestAccumulation:
     def test_micro_batches_equal_one_big_batch(self):
-        (state, metrics), (big, big_metrics) = (run(config(kl_beta=0.3), batch=micro(queries=n)) for n in (1, 4))
+        batches = [micro(rows=rows) for rows in (2, 8)]
+        assert [len(batch.queries) for batch in batches] == [4, 1]
+        (state, metrics), (big, big_metrics) = (run(config(kl_beta=0.3), batch=batch) for batch in batches)
         # The same float32 terms added in another order.
         chex.assert_trees_all_close(state, big, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(metrics, big_metrics, rtol=1e-5, atol=1e-6)
 
-    def test_micro_batches_keep_the_order_and_every_query(self):
-        batch = make_batch(PAIRS, width=10, response_width=4, eos_id=None)
-        split = micro_batches(batch, 2)
-        assert split.tokens.shape == (2, 2, *batch.tokens.shape[1:])
-        for whole, parts in zip(batch, split, strict=True):
-            np.testing.assert_array_equal(np.concatenate(parts), whole)
-
-    def test_refuses_a_batch_that_does_not_divide(self):
-        with pytest.raises((TypeError, ValueError)):
-            micro(queries=3)
+    def test_an_empty_micro_batch_changes_nothing(self):
+        """As a step has that needs fewer of them than another."""
+        long = [doubles.pair([[1] * 6, [2] * 6], [[3] * 4, [4] * 4]) for _ in range(8)]
+        packing = doubles.packing(PAIRS, long, rows=4, widest=14)
+        batch = packing.stacked(0)
+        assert (batch.counts.sum(axis=(1, 2, 3)) == 0).any()
+        (state, metrics), (other, other_metrics) = (run(config(kl_beta=0.3), batch=b) for b in (batch, micro()))
+        chex.assert_trees_all_close(state, other, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(metrics, other_metrics, rtol=1e-5, atol=1e-6)
 
 
 class TestKL:
@@ -224,7 +224,7 @@ class TestBfloat16Weights:
     PAIRS = doubles.random_pairs(2, vocab=40, seed=4)
 
     def trained(self, weights: str, *, seed: int = 0, start=None, steps: int = STEPS):
-        settings = config(weights=weights, learning_rate=1e-2, weight_decay=1e-2)
+        settings = config(weights=weights, learning_rate=1e-2, weight_decay=1e-2, queries_per_step=2)
 
         train_step = make_train_step(FLOAT32, settings, seed=seed)
         rng = np.random.default_rng(0)
@@ -234,7 +234,7 @@ class TestBfloat16Weights:
         before = jax.tree.map(np.array, state.params)
         shares = []
         for _ in range(steps):
-            state, metrics = train_step(state, None, micro(self.PAIRS, queries=1))
+            state, metrics = train_step(state, None, micro(self.PAIRS))
             shares.append(float(metrics.share_changed))
         unused = np.ones(40, bool)  # rows without gradient, which weight decay alone moves
         unused[[t for pair in self.PAIRS for ids in (*pair.prompt_ids, *pair.response_ids) for t in ids]] = False
@@ -288,8 +288,9 @@ class TestProgressOfTraining:
     def test_share_changed_counts_the_weights_that_differ(self):
         # Without weight decay, the weights of tokens that occur nowhere have no gradient and stay.
         batch = micro([doubles.pair([[1, 2], [3]], [[2], [3]])] * 2)
+        settings = config(queries_per_step=2)
         before = jax.tree.map(np.array, small_params())
-        state, [metrics] = run(config(), batch=batch)
+        state, [metrics] = run(settings, batch=batch)
         moved = sum(int(np.sum(np.asarray(state.params[name]) != before[name])) for name in before)
         assert 0 < moved < 2 * VOCAB**2
         assert float(metrics.share_changed) == pytest.approx(moved / (2 * VOCAB**2), rel=1e-6)
@@ -301,10 +302,11 @@ class TestProgressOfTraining:
 
     def test_one_trace_serves_all_steps(self):
         model = doubles.MODEL._replace(hidden=chex.assert_max_traces(doubles.hidden, n=1))
+        packing = doubles.packing(*(doubles.random_pairs(4, vocab=VOCAB, seed=seed) for seed in range(3)))
         train_step = make_train_step(model, config())
         state = init_state(small_params(), make_optimizer(config()))
         for seed in range(3):
-            state, _ = train_step(state, small_params(), micro(doubles.random_pairs(4, vocab=VOCAB, seed=seed)))
+            state, _ = train_step(state, small_params(), packing.stacked(seed))
 
 
 def poisoned(params, rows):

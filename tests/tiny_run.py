@@ -45,7 +45,6 @@ def tiny_run_config(folder: pathlib.Path) -> RunConfig:
                 "steps": [1, 1, 1],
                 "queries_per_step": 2,
                 "learning_rate": LEARNING_RATE,
-                "round_tokens_to": 64,
                 "remat": "none",
                 "keep_checkpoints": True,
             },

@@ -22,11 +22,12 @@ from sami_jax.huggingface.hub import model_name
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.responding import prompt_problem, respond
 from sami_jax.sampling import Response
-from sami_jax.scoring import score_pairs
-from sami_jax.sharding import batch_sharding, more_devices, shared_rows
+from sami_jax.scoring.matrices import score_packed
+from sami_jax.scoring.packed_rows import RowLimits, pack_rows
+from sami_jax.sharding import batch_shards, more_devices
 from sami_jax.types import Dtype
 
-_ROUND_TOKENS_TO = 64  # a question with its choice is padded to a multiple, so that few shapes compile
+_ROUND_TOKENS_TO = 256  # a question with its choices is padded to a multiple, so that few shapes compile
 
 
 class LocalModel:
@@ -110,15 +111,24 @@ class LocalModel:
     def _choice_logps(self, asked: Sequence["_Asked"]) -> np.ndarray:
         """[Q, R] log-prob in nats of each choice behind its question."""
         pairs = [Pair(number, ("",), ("",), (one.prompt.ids,), one.choice_ids) for number, one in enumerate(asked)]
-        loaded = self._loaded
-        logps = score_pairs(
+        loaded, shards = self._loaded, batch_shards(self._opened.mesh)
+        longest = max(len(one.prompt.ids) + sum(map(len, one.choice_ids)) for one in asked)
+        limits = RowLimits(
+            shards=shards,
+            rows_per_shard=-(-self._config.concurrency // shards),
+            widest=longest,
+            multiple=_ROUND_TOKENS_TO,
+            dear_width=longest,
+            queries=self._config.concurrency,
+        )
+        packing = pack_rows([pairs], limits)
+        logps = score_packed(
             loaded.model.rows,
             loaded.params,
-            pairs,
+            packing,
+            0,
             normalize="sum",
-            rows=shared_rows(self._config.concurrency, loaded.mesh),
-            round_to=_ROUND_TOKENS_TO,
-            sharding=batch_sharding(loaded.mesh),
+            mesh=loaded.mesh,
             scored=lambda done: None,
         )[:, 0]
         if not np.isfinite(logps).all():

@@ -27,7 +27,6 @@ def add_data(commands: Any) -> None:
             "train.steps",
             "train.queries_per_step",
             "train.passes",
-            "train.micro_batch_queries",
             "mesh.",
             "pretraining.",
         ),

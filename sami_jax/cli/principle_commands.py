@@ -20,8 +20,8 @@ _SCORING = (
     "prompts.",
     "sampling.",
     "train.normalize",
-    "train.micro_batch_queries",
-    "train.round_tokens_to",
+    "train.rows_per_device",
+    "train.max_row_tokens",
     "pretraining.",
     *_ANYWAY,
 )

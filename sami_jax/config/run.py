@@ -61,17 +61,11 @@ def check_training(config: RunConfig, *, iterations: int) -> None:
     Raises:
       BadConfigError: the settings and the remedy.
     """
-    train, mesh = config.train, config.mesh
+    train = config.train
     if len(train.steps) < iterations or min(train.steps, default=0) < 1:
         raise BadConfigError(
             f"config.train.steps is {train.steps}: it needs a positive number of steps for each iteration "
             f"({iterations})."
-        )
-    at_once = train.micro_batch_queries * mesh.data * mesh.fsdp * mesh.expert
-    if train.queries_per_step % at_once:
-        raise BadConfigError(
-            f"config.train.queries_per_step is {train.queries_per_step}, which is no multiple of "
-            f"train.micro_batch_queries x mesh.data x mesh.fsdp x mesh.expert = {at_once}."
         )
 
 

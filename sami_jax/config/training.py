@@ -13,8 +13,11 @@ class TrainConfig:
 
     steps: tuple[int, ...] = setting((2, 4, 6), "optimizer steps of iteration 1, 2, ...; `sami train` uses the first")
     queries_per_step: int = setting(128, "queries in one optimizer step", at_least=1)
-    micro_batch_queries: int = setting(
-        1, "queries whose C x C sequences are in memory at once, for each device that shares the batch", at_least=1
+    rows_per_device: int = setting(
+        2, "rows of packed queries in memory at once, for each device that shares the batch", at_least=1
+    )
+    max_row_tokens: int = setting(
+        4096, "widest row: one prompt with all its responses must fit; rows are as wide as is fastest", at_least=1
     )
     passes: float = setting(1.0, "how often a kept query is used at most, on average", at_least=1.0)
     optimizer: str = setting("adamw", "with torch's defaults", choices=("adamw", "rmsprop"))
@@ -33,9 +36,6 @@ class TrainConfig:
     train_eos: bool = setting(False, "append the end-of-sequence token to the responses")
     checkpoint_every: int = setting(10, "optimizer steps between checkpoints", at_least=1)
     keep_checkpoints: bool = setting(False, "keep them when the exported model was written and read back")
-    round_tokens_to: int = setting(
-        32, "pad sequences to a multiple of this (long ones coarser): few shapes compile", at_least=1
-    )
     weights: str = setting(
         "float32",
         "how weights and optimizer state are kept; bfloat16 takes half the memory, but rounded to the nearest (the "

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sami_jax.evaluation.results import QueryResult
@@ -14,7 +13,7 @@ from sami_jax.losses import mi_lower_bound
 
 def query_mi_nats(logps: np.ndarray) -> np.ndarray:
     """[Q] lower bound on the mutual information of each query's matrix [Q, C, R]; see `losses.mi_lower_bound`."""
-    return np.asarray(jax.vmap(mi_lower_bound)(jnp.asarray(logps)))
+    return np.asarray(jax.jit(jax.vmap(mi_lower_bound))(logps))
 
 
 def summarize(results: Sequence[QueryResult], baseline: Sequence[QueryResult] | None) -> dict[str, Any]:

@@ -1,27 +1,53 @@
-"""Who sees whom, and softmax attention among those who do.
+"""Who sees whom, and softmax attention among those who do, by the back-end that is best on a platform.
 
 Axes: B rows, T queries, S keys, N heads, K key/value heads, H head dim.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sami_jax.errors import SamiError
 from sami_jax.types import Array
 
+_BLOCK = 256  # queries
 
-def visible(positions: Array, ends: Array, *, window: int | None) -> Array:
-    """[B, S, S] bool of `types.Rows`: True where query q sees key k.
+
+class BackEnd(NamedTuple):
+    """One way to compute attention among the tokens of rows; all give the same.
+
+    Attributes:
+      name: for people.
+      attend: (queries [B, S, N, H], keys [B, S, K, H], values [B, S, K, H], positions [B, S], ends [B, S], window) ->
+        [B, S, N, H], as `types.Rows` says who sees whom.
+      row_multiple: it is fastest where S is a multiple of this.
+    """
+
+    name: str
+    attend: Callable[[Array, Array, Array, Array, Array, int | None], Array]
+    row_multiple: int
+
+
+def visible(positions: Array, ends: Array, *, window: int | None, first: int = 0, last: int | None = None) -> Array:
+    """[B, T, S] bool of `types.Rows`: True where query q sees key k, for q in first .. last - 1 and k in 0 .. last - 1.
 
     Args:
       positions: [B, S] int32.
       ends: [B, S] int32.
       window: the model's sliding window, in positions, or None.
+      first: slot of the first query.
+      last: slot behind the last query and key; None for all.
     """
     slots = jnp.arange(ends.shape[1], dtype=jnp.int32)
-    mask = (slots[None, None, :] <= slots[None, :, None]) & (slots[None, :, None] < ends[:, None, :])
+    queries, keys = slots[None, first:last, None], slots[None, None, :last]
+    mask = (keys <= queries) & (queries < ends[:, None, :last])
     if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
+        mask &= positions[:, first:last, None] - positions[:, None, :last] < window
     return mask
 
 
@@ -53,3 +79,64 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, values).reshape(b, t, n, h)
+
+
+def _dense(queries: Array, keys: Array, values: Array, positions: Array, ends: Array, window: int | None) -> Array:
+    return attend(queries, keys, values, visible(positions, ends, window=window))
+
+
+def _blocked(queries: Array, keys: Array, values: Array, positions: Array, ends: Array, window: int | None) -> Array:
+    """A block of queries reads the keys up to its own end only, which halves the work of long rows."""
+    outs = []
+    for first in range(0, queries.shape[1], _BLOCK):
+        last = min(first + _BLOCK, queries.shape[1])
+        mask = visible(positions, ends, window=window, first=first, last=last)
+        outs.append(attend(queries[:, first:last], keys[:, :last], values[:, :last], mask))
+    return jnp.concatenate(outs, axis=1)
+
+
+DENSE = BackEnd("one mask over the row", _dense, row_multiple=128)
+BLOCKED = BackEnd(f"blocks of {_BLOCK} queries", _blocked, row_multiple=64)
+
+
+def back_end(platform: str) -> BackEnd:
+    """The back-end of JAX's platform: on a CPU the one in blocks (benchmarks/train_step.py)."""
+    return BLOCKED if platform == "cpu" else DENSE
+
+
+@functools.cache
+def check(chosen: BackEnd) -> None:
+    """Holds a back-end's outputs and gradients against the dense rule on a small row, once in a process.
+
+    Raises:
+      SamiError: they differ, which is a fault of the back-end or of the compiler.
+    """
+    width, rng = _BLOCK + 44, np.random.default_rng(0)
+    arrays = [rng.normal(size=(1, width, heads, 4)).astype(np.float32) for heads in (2, 1, 1, 2)]
+    # Two packs of a prompt and two responses, and padding.
+    ends, positions = np.arange(1, width + 1, dtype=np.int32)[None], np.zeros((1, width), np.int32)
+    for start, middle, last, end in ((0, 90, 131, 170), (170, 220, 263, 290)):
+        ends[0, start:middle], ends[0, middle:last], ends[0, last:end] = end, last, end
+        for branch, stop in ((middle, last), (last, end)):
+            positions[0, branch:stop] = middle - start + np.arange(stop - branch)
+        positions[0, start:middle] = np.arange(middle - start)
+
+    def outcome(one: BackEnd, qkv: list[Array]) -> list[Array]:
+        def weighed(queries: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+            out = one.attend(queries, keys, values, jnp.asarray(positions), jnp.asarray(ends), 60)
+            return jnp.sum(out * arrays[3]), out
+
+        (_, out), gradients = jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True)(*qkv)
+        return [out, *gradients]
+
+    def largest_difference(*qkv: Array) -> Array:
+        pairs = zip(outcome(chosen, list(qkv)), outcome(DENSE, list(qkv)), strict=True)
+        return jnp.max(jnp.stack([jnp.abs(ours - rule).max() for ours, rule in pairs]))
+
+    with jax.default_matmul_precision("highest"):
+        worst = float(jax.jit(largest_difference)(*arrays[:3]))
+    if not worst < 1e-4:  # float32 sums of size 1 in another order leave 1e-6
+        raise SamiError(
+            f"Attention in {chosen.name} differs from the rule by {worst:.2g} on this machine, and was not used; try "
+            "another version of jax and jaxlib, and report it."
+        )

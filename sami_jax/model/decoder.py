@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from sami_jax.model.attention import DENSE, BackEnd, back_end
 from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
 from sami_jax.model.shape import DecoderConfig
@@ -26,10 +27,10 @@ _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
 class Block(nnx.Module):
     """Pre-norm residual attention, then pre-norm residual MLP or experts."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd = DENSE, mesh: Mesh | None = None):
         self.config = config
         self.attention_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, back_end=back_end)
         self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
         self.mlp = MLP(config, rngs) if config.n_experts is None else Experts(config, rngs, mesh=mesh)
 
@@ -47,10 +48,18 @@ class Decoder(nnx.Module):
     With a mesh, activations are split over its batch axes, so that weights are gathered and not activations.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None, dtype: Dtype = "float32"):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        rngs: nnx.Rngs,
+        *,
+        back_end: BackEnd = DENSE,
+        mesh: Mesh | None = None,
+        dtype: Dtype = "float32",
+    ):
         self.config, self.mesh, self.dtype = config, mesh, dtype
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        self.blocks = Block(config, rngs, mesh=mesh)
+        self.blocks = Block(config, rngs, back_end=back_end, mesh=mesh)
         self.final_norm = scale((config.embed_dim,), ("features",))
         if not config.tied_embeddings:
             self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
@@ -112,11 +121,13 @@ class Model(NamedTuple):
 
     Attributes:
       config: the decoder's shape.
+      attention: the back-end of attention in rows.
       rows: the model for scoring and training.
       decode: the model for sampling.
     """
 
     config: DecoderConfig
+    attention: BackEnd
     rows: RowModel
     decode: DecodeFn
 
@@ -156,7 +167,8 @@ def make_model(
       dtype: of activations, matmuls and cache, whatever the parameters are kept in; "float32" means it on
         accelerators too, whose default for float32 matmuls is less. Logits are float32.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh=mesh, dtype=dtype)))
+    chosen = back_end(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), back_end=chosen, mesh=mesh, dtype=dtype)))
 
     def exactly(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -191,4 +203,4 @@ def make_model(
         hidden, cache = decoder.decoded(tokens[:, None], positions[:, None], cache)
         return decoder.logits(hidden[:, 0]), cache
 
-    return Model(config, RowModel(hidden, head), DecodeFn(prefill, step))
+    return Model(config, chosen, RowModel(hidden, head), DecodeFn(prefill, step))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sami_jax.model.attention import attend, causal_mask, visible
+from sami_jax.model.attention import BackEnd, attend, causal_mask
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Array
 
@@ -101,9 +101,9 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 class Attention(nnx.Module):
     """Self-attention with rotary positions, among the tokens of rows or behind those in a cache."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd):
         c = config
-        self.config = config
+        self.config, self.back_end = config, back_end
         heads = (c.n_layers, c.embed_dim, c.n_heads, c.head_dim)
         kv_heads = (c.n_layers, c.embed_dim, c.n_kv_heads, c.head_dim)
         self.query = weight(rngs, heads, ("layers", "embed", "heads", "head_dim"))
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
             cache = LayerCache(seen.keys.at[rows, positions].set(keys), seen.values.at[rows, positions].set(values))
             mixed = attend(queries, *cache, causal_mask(positions, keys=cache.keys.shape[1], window=c.sliding_window))
         else:
-            mixed = attend(queries, keys, values, visible(positions, seen, window=c.sliding_window))
+            mixed = self.back_end.attend(queries, keys, values, positions, seen, c.sliding_window)
         return project("btnh,nhd->btd", mixed, self.out[...]), cache
 
 

@@ -53,6 +53,15 @@ class Funnel:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """How an iteration's training was laid out: of `counts` of train/DONE.json."""
+
+    rows: int  # in memory at once
+    row_tokens: int
+    real_share: float  # of the slots, those that hold a token
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainStep:
     """One line of metrics.jsonl, as far as it is drawn; all in nats, on the training batch."""
 
@@ -73,6 +82,7 @@ class Run:
     base_results: Sequence[QueryResult]
     last_results: Sequence[QueryResult] | None  # the same queries; None: only the base has been evaluated
     funnels: Mapping[int, Funnel]  # by iteration
+    packed_rows: Mapping[int, PackedRows]  # by iteration
     train_steps: Mapping[int, Sequence[TrainStep]]  # by iteration, then step
     stage_times: Mapping[tuple[int, str], float]  # (iteration, stage) -> seconds
     unfinished: Sequence[int]  # iterations that began and have no evaluation
@@ -119,7 +129,8 @@ def read_run(run_dir: Path) -> Run:
         evaluations=evaluations,
         base_results=base_results,
         last_results=last_results,
-        funnels=_read_funnels(folders),
+        funnels=_read_counts(folders, "sample", Funnel),
+        packed_rows=_read_counts(folders, "train", PackedRows),
         train_steps=_read_train_steps(run_dir / "metrics.jsonl"),
         stage_times=_read_stage_times(run_dir / "events.jsonl"),
         unfinished=[iteration for iteration in folders if iteration not in evaluated],
@@ -192,15 +203,17 @@ def _ids(results: Sequence[QueryResult]) -> list[tuple[str, str]]:
     return [(result.split, result.example_id) for result in results]
 
 
-def _read_funnels(folders: Mapping[int, Path]) -> dict[int, Funnel]:
-    funnels = {}
+def _read_counts(folders: Mapping[int, Path], stage: str, struct: Any) -> dict[int, Any]:
+    """By iteration, what a finished stage counted; a run of an earlier version may not have counted it."""
+    found = {}
     for iteration, folder in folders.items():
-        path = folder / "sample" / "DONE.json"
+        path = folder / stage / "DONE.json"
         if path.exists():
             done = read_json(path)
             with naming(path):
-                funnels[iteration] = Funnel(**_fields(Funnel, done["counts"]))
-    return funnels
+                if stage == "sample" or "row_tokens" in done["counts"]:
+                    found[iteration] = struct(**_fields(struct, done["counts"]))
+    return found
 
 
 def _read_train_steps(path: Path) -> dict[int, list[TrainStep]]:

@@ -39,7 +39,7 @@ from sami_jax.stages.answers import check_tasks
 from sami_jax.stages.evaluate import evaluation_tasks
 from sami_jax.stages.sample import sampling_tasks
 
-_SCHEMA_VERSION = 3  # of a run directory; raised where stages that were begun before could not go on
+_SCHEMA_VERSION = 4  # of a run directory; raised where stages that were begun before could not go on
 
 
 def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> RunConfig:

@@ -18,7 +18,7 @@ from sami_jax.huggingface.folder import save_finetuned
 from sami_jax.huggingface.hub import model_name
 from sami_jax.huggingface.opened import LoadedModel, load_model, open_model
 from sami_jax.safe_point import SafePoint
-from sami_jax.scoring import all_logits
+from sami_jax.scoring.matrices import all_logits
 from sami_jax.sharding import batch_sharding, batch_shards, gather, put_on_devices
 from sami_jax.stage_folder import read_done
 from sami_jax.stages.stage import Output, Source, Stage, settings_but

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.run import RunConfig
@@ -17,16 +17,19 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.data.pairs import Pair, read_pairs
 from sami_jax.errors import NonFiniteError, enough_memory
 from sami_jax.evaluation.summary import query_mi_nats
-from sami_jax.huggingface.opened import LoadedModel, open_model
+from sami_jax.huggingface.opened import LoadedModel, OpenModel, open_model
 from sami_jax.losses import sami_loss
-from sami_jax.progress import Progress
+from sami_jax.model.attention import BackEnd, check
+from sami_jax.model.decoder import Model
+from sami_jax.progress import Progress, say
 from sami_jax.safe_point import SafePoint
-from sami_jax.scoring import score_pairs
-from sami_jax.sharding import batch_sharding, batch_shards, more_devices
+from sami_jax.scoring.matrices import score_packed
+from sami_jax.scoring.packed_rows import Packing, RowLimits, pack_rows
+from sami_jax.sharding import batch_shards, more_devices
 from sami_jax.stages.stage import FileStage, Output, Source
 from sami_jax.types import Boundary, Dtype, Normalize, Params
 
-_PART_QUERIES = 64  # kept together, and lost together when killed; a batch at least
+_PART_QUERIES = 64  # kept together, and lost together when killed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,22 +38,51 @@ class Scoring:
 
     Attributes:
       normalize: a response's log-prob: mean over its tokens or sum.
-      micro_batch_queries: queries in memory at once, for each device that shares the batch.
-      round_tokens_to: sequences are padded to multiples of this.
+      rows_per_device: rows in memory at once, for each device that shares them.
+      max_row_tokens: of the widest row.
     """
 
     normalize: Normalize
-    micro_batch_queries: int
-    round_tokens_to: int
+    rows_per_device: int
+    max_row_tokens: int
 
     @classmethod
     def of(cls, train: TrainConfig) -> "Scoring":
         """As in training."""
         return cls(
             normalize=train.normalize,
-            micro_batch_queries=train.micro_batch_queries,
-            round_tokens_to=train.round_tokens_to,
+            rows_per_device=train.rows_per_device,
+            max_row_tokens=train.max_row_tokens,
         )
+
+
+def packed(opened: OpenModel, groups: Sequence[Sequence[Pair]], how: Scoring, *, eos_id: int | None = None) -> Packing:
+    """Queries in rows for the model's devices; see `pack_rows`. Says once which attention runs, and that it is right.
+
+    Raises:
+      BadDataError: a query does not fit into the rows.
+      SamiError: the attention is wrong on this machine.
+    """
+    _announce(opened.model.attention, opened.mesh.devices.flat[0].platform)
+    return pack_rows(groups, row_limits(opened.model, opened.mesh, how), eos_id=eos_id)
+
+
+def row_limits(model: Model, mesh: Mesh, how: Scoring) -> RowLimits:
+    """What rows may be like for a model on a mesh."""
+    return RowLimits(
+        shards=batch_shards(mesh),
+        rows_per_shard=how.rows_per_device,
+        widest=how.max_row_tokens,
+        multiple=model.attention.row_multiple,
+        # A layer's matmuls take some 24 D^2 FLOPs a token, its attention 4 D for each slot of the row.
+        dear_width=6 * model.config.embed_dim,
+    )
+
+
+@functools.cache
+def _announce(attention: BackEnd, platform: str) -> None:
+    check(attention)
+    say(f"attention in {attention.name} ({platform})")
 
 
 def matrices(
@@ -62,18 +94,16 @@ def matrices(
     scored: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """[Q, C, R] log-probs of Q pairs under the model with some weights, in nats; `scored` hears how many are done."""
-    rows = how.micro_batch_queries * batch_shards(loaded.mesh)
-    remedies = fewer_queries(how.micro_batch_queries), more_devices(loaded.mesh)
-    with enough_memory(f"scoring {rows} queries at once", *remedies):
-        return score_pairs(
-            loaded.model.rows,
-            params,
-            pairs,
-            normalize=how.normalize,
-            rows=rows,
-            round_to=how.round_tokens_to,
-            sharding=batch_sharding(loaded.mesh),
-            scored=scored,
+    return _matrices(loaded, params, packed(loaded, [pairs], how), 0, how, scored)
+
+
+def _matrices(
+    loaded: LoadedModel, params: Params, packing: Packing, group: int, how: Scoring, scored: Callable[[int], None]
+) -> np.ndarray:
+    remedies = fewer_rows(how.rows_per_device), more_devices(loaded.mesh)
+    with enough_memory(f"scoring {packing.describe()}", *remedies):
+        return score_packed(
+            loaded.model.rows, params, packing, group, normalize=how.normalize, mesh=loaded.mesh, scored=scored
         )
 
 
@@ -86,10 +116,10 @@ def refuse_nonfinite(pairs: Sequence[Pair], logps: np.ndarray, *, model: Path) -
         )
 
 
-def fewer_queries(micro_batch_queries: int) -> str:
-    """The remedy for too many queries at once, to be said in a sentence; "" where there is one only."""
-    rows = micro_batch_queries
-    return f"lower config.train.micro_batch_queries, now {rows}" if rows > 1 else ""
+def fewer_rows(rows_per_device: int) -> str:
+    """The remedy for too many tokens at once, to be said in a sentence."""
+    name = "rows_per_device" if rows_per_device > 1 else "max_row_tokens"
+    return f"lower config.train.{name}" + (f", now {rows_per_device}" if rows_per_device > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,33 +179,36 @@ class Score(FileStage):
             max_positions=shape.max_positions,
             vocab_size=shape.vocab_size,
         )
+        chunks = [pairs[start : start + _PART_QUERIES] for start in range(0, len(pairs), _PART_QUERIES)]
+        packing = packed(opened, chunks, self.scoring)
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
-        rows = self.scoring.micro_batch_queries * batch_shards(loaded.mesh)
-        size = rows * math.ceil(_PART_QUERIES / rows)
-        chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        say(f"scoring {packing.describe()}")
         first = sum(len(chunk) for number, chunk in enumerate(chunks) if out.stands(f"{number:05d}.jsonl"))
         progress = Progress("scoring", len(pairs), unit="queries", done=first)
         lines: list[Any] = []
-        for number, chunk in enumerate(chunks):
+        for number in range(len(chunks)):
             before = len(lines)
 
             def scored(done: int, before: int = before) -> None:
                 progress.update(before + done)
 
-            lines += out.part(f"{number:05d}.jsonl", functools.partial(self._lines, loaded, chunk, scored))
+            lines += out.part(f"{number:05d}.jsonl", functools.partial(self._lines, loaded, packing, number, scored))
             safe_point()
         return lines
 
-    def _lines(self, loaded: LoadedModel, pairs: Sequence[Pair], scored: Callable[[int], None]) -> list[dict[str, Any]]:
-        logps = matrices(loaded, loaded.params, pairs, self.scoring, scored=scored)
+    def _lines(
+        self, loaded: LoadedModel, packing: Packing, group: int, scored: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
+        pairs = packing.groups[group]
+        logps = _matrices(loaded, loaded.params, packing, group, self.scoring, scored)
         refuse_nonfinite(pairs, logps, model=self.model.path)
         loss_of = functools.partial(
             sami_loss,
             over_responses_weight=self.over_responses_weight,
             over_constitutions_weight=self.over_constitutions_weight,
         )
-        losses = jax.vmap(loss_of)(jnp.asarray(logps))
+        losses, mi_nats = jax.device_get(jax.jit(jax.vmap(loss_of))(logps)), query_mi_nats(logps)
         return [
             {
                 "example_id": pair.example_id,
@@ -183,7 +216,7 @@ class Score(FileStage):
                 "loss": float(losses.loss[i]),
                 "over_responses": float(losses.over_responses[i]),
                 "over_constitutions": float(losses.over_constitutions[i]),
-                "mi_nats": float(query_mi_nats(matrix[None])[0]),
+                "mi_nats": float(mi_nats[i]),
                 "normalize": self.scoring.normalize,
             }
             for i, (pair, matrix) in enumerate(zip(pairs, logps, strict=True))

@@ -19,11 +19,12 @@ from sami_jax.errors import BadDataError, NonFiniteError, enough_memory
 from sami_jax.files import write_json
 from sami_jax.huggingface.opened import OpenModel, open_model
 from sami_jax.processes import is_writer
-from sami_jax.progress import Progress
+from sami_jax.progress import Progress, say
 from sami_jax.safe_point import SafePoint
-from sami_jax.scoring import batch_widths, make_batch
-from sami_jax.sharding import batch_shards, device_bytes, micro_batch_sharding, more_devices, put_on_devices
-from sami_jax.stages.score import fewer_queries
+from sami_jax.scoring.matrices import shardings_of_rows
+from sami_jax.scoring.packed_rows import Packing
+from sami_jax.sharding import device_bytes, more_devices, put_on_devices
+from sami_jax.stages.score import Scoring, fewer_rows, packed
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.training import (
     StepMetrics,
@@ -31,12 +32,11 @@ from sami_jax.training import (
     init_state,
     make_optimizer,
     make_train_step,
-    micro_batches,
     nonfinite_examples,
     pairs_needed,
     query_indices,
 )
-from sami_jax.types import Boundary, ContrastiveBatch, Dtype, TrainState
+from sami_jax.types import Boundary, Dtype, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,12 +90,13 @@ class Train(Stage):
         train, count = self.train, self.train.steps[self.iteration - 1]
         opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat)
         pairs = self._read_pairs(opened)
+        packing = self._packed(opened, pairs)
         # Read the weights before the folder is begun, so that weights that are refused leave nothing behind.
         fresh = None if out.stands("checkpoints") else fresh_state(opened, train)
         reference = opened.load(self.compute_dtype) if train.kl_beta > 0 else None
         out.begin()
-        batches = _Batches(self, pairs, opened)
-        out.write("data.json", write_json, [[pair.example_id for pair in batches.pairs(step)] for step in range(count)])
+        out.write("data.json", write_json, [[pair.example_id for pair in step] for step in packing.groups])
+        say(f"training on {packing.describe()}")
         step_fn = make_train_step(opened.model.rows, train, seed=self.seed)
         remedies = self._remedies(opened)
         with Checkpoints(out.folder / "checkpoints") as checkpoints:
@@ -106,12 +107,13 @@ class Train(Stage):
             progress = Progress(title, count, unit="steps", done=first, log_every_s=5.0)
             for step in range(first, count):
                 started = time.monotonic()
-                work = f"in step {step + 1} of iteration {self.iteration}, on sequences of {batches.width} tokens"
+                work = f"in step {step + 1} of iteration {self.iteration}, on {packing.describe()}"
                 with enough_memory(work, *remedies):
-                    state, metrics = step_fn(state, reference, batches.on_devices(step))
+                    batch = put_on_devices(packing.stacked(step), shardings_of_rows(opened.mesh, stacked=True))
+                    state, metrics = step_fn(state, reference, batch)
                     finite = bool(metrics.finite)
                 if not finite:
-                    raise self._not_finite(step, metrics, batches.pairs(step))
+                    raise self._not_finite(step, metrics, packing.groups[step])
                 scalars = {k: float(v) for k, v in metrics._asdict().items() if k not in ("finite", "query_losses")}
                 where = {"iteration": self.iteration, "stage": self.name, "step": step + 1}
                 out.log({**where, **scalars, "step_time_s": time.monotonic() - started})
@@ -122,8 +124,8 @@ class Train(Stage):
                     safe_point()
                 else:
                     checkpoints.save_if_stopped(state, safe_point)
-        widths = {"width": batches.width, "response_width": batches.response_width}
-        return {"steps": count, "pairs": len(pairs), **widths, "state": fingerprint(state)}
+        rows = {"rows": packing.layout.rows, "row_tokens": packing.layout.width, "real_share": packing.real_share}
+        return {"steps": count, "pairs": len(pairs), **rows, "state": fingerprint(state)}
 
     def _read_pairs(self, opened: OpenModel) -> list[Pair]:
         train, steps = self.train, self.train.steps[self.iteration - 1]
@@ -144,12 +146,23 @@ class Train(Stage):
             )
         return pairs
 
+    def _packed(self, opened: OpenModel, pairs: Sequence[Pair]) -> Packing:
+        """The queries of every step, in rows of one shape."""
+        train = self.train
+        order = {"seed": self.seed, "iteration": self.iteration, "queries_per_step": train.queries_per_step}
+        steps = [
+            [pairs[i] for i in query_indices(len(pairs), step, **order)]
+            for step in range(train.steps[self.iteration - 1])
+        ]
+        eos_id = opened.tokenizer.end_id() if train.train_eos else None
+        return packed(opened, steps, Scoring.of(train), eos_id=eos_id)
+
     def _passes(self, pairs: Sequence[Pair]) -> float:
         return self.train.steps[self.iteration - 1] * self.train.queries_per_step / len(pairs)
 
     def _remedies(self, opened: OpenModel) -> list[str]:
         return [
-            fewer_queries(self.train.micro_batch_queries),
+            fewer_rows(self.train.rows_per_device),
             "set config.train.remat=full" if self.train.remat != "full" else "",
             more_devices(opened.mesh),
             _rounded_weights(self.train),
@@ -163,42 +176,6 @@ class Train(Stage):
             f"{float(metrics.grad_norm)} are not finite (queries {bad}); the update was not applied. "
             "Look at these queries, and lower config.train.learning_rate if they are sound."
         )
-
-
-class _Batches:
-    """The batch of every step, all of one width.
-
-    Attributes:
-      width: of the sequences, in tokens.
-      response_width: of the responses.
-    """
-
-    def __init__(self, stage: Train, pairs: Sequence[Pair], opened: OpenModel):
-        train = stage.train
-        self._pairs, self._mesh = pairs, opened.mesh
-        self._indices = [
-            query_indices(
-                len(pairs),
-                step,
-                seed=stage.seed,
-                iteration=stage.iteration,
-                queries_per_step=train.queries_per_step,
-            )
-            for step in range(train.steps[stage.iteration - 1])
-        ]
-        self._eos_id = opened.tokenizer.end_id() if train.train_eos else None
-        self._micro = train.micro_batch_queries * batch_shards(opened.mesh)
-        self.width, self.response_width = batch_widths(pairs, round_to=train.round_tokens_to, eos_id=self._eos_id)
-
-    def pairs(self, step: int) -> list[Pair]:
-        """The pairs that step 0, 1, ... trains on."""
-        return [self._pairs[i] for i in self._indices[step]]
-
-    def on_devices(self, step: int) -> ContrastiveBatch:
-        """[M, m, ...] micro-batches of step 0, 1, ..., on the devices."""
-        widths = {"width": self.width, "response_width": self.response_width}
-        batch = make_batch(self.pairs(step), **widths, eos_id=self._eos_id)
-        return put_on_devices(micro_batches(batch, self._micro), micro_batch_sharding(self._mesh))
 
 
 def abstract_train_state(opened: OpenModel, train: TrainConfig) -> TrainState:

@@ -24,7 +24,7 @@ from sami_jax.model.decoder import make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.responding import respond
-from sami_jax.scoring import all_logits, batch_widths, causal_rows, contrastive_logps, logits_of, make_batch
+from sami_jax.scoring.matrices import all_logits, causal_rows, contrastive_logps, logits_of
 from sami_jax.types import Array, Params
 from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
@@ -186,8 +186,7 @@ def test_gradients(folder, tmp_path):
     config = read_config(folder)
     expected, params = load_float32(tmp_path, config), load_float32(folder, config)
     pairs = [doubles.pair(query["prompts"], query["responses"]) for query in queries]
-    width, response_width = batch_widths(pairs, round_to=4, eos_id=None)
-    batch = jax.tree.map(jnp.asarray, make_batch(pairs, width=width, response_width=response_width, eos_id=None))
+    [batch] = doubles.packing(pairs, rows=3).micro_batches(0)
     model = make_model(config).rows
 
     def loss(params: Params) -> Array:

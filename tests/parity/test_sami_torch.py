@@ -83,9 +83,8 @@ def run_config(**train: Any) -> RunConfig:
     settings = {
         "steps": (STEPS,),
         "queries_per_step": QUERIES_PER_STEP,
-        "micro_batch_queries": QUERIES_PER_STEP,
+        "rows_per_device": 2 * QUERIES_PER_STEP,
         "passes": STEPS * QUERIES_PER_STEP / N_PAIRS,
-        "round_tokens_to": 8,
     }
     return from_dict({"seed": SEED, "iterations": 1, "train": settings | train})
 
@@ -210,7 +209,7 @@ def test_four_steps(prepared, tmp_path, optimizer, normalize):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(prepared, tmp_path):
     whole = our_training(prepared, tmp_path / "whole", optimizer="adamw")
-    parts = our_training(prepared, tmp_path / "parts", optimizer="adamw", micro_batch_queries=1)
+    parts = our_training(prepared, tmp_path / "parts", optimizer="adamw", rows_per_device=2)
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=0, atol=1e-5)
     before = load_file(prepared.folder / "model.safetensors")
     assert share_of_updates_that_agree(before, parts.weights, whole.weights)[0] >= 0.999
