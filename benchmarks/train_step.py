@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes below
+
 from sami_jax.data.pairs import Pair
 from sami_jax.types import Dtype
 
@@ -57,7 +59,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(2, 2, 4, 512, 32000),
-    Case(4, 2, 4, 512, 32000),
+    Case(4, 1, 4, 512, 32000),
     Case(8, 1, 4, 256, 8000),  # the peer takes 45 GB for a query of the larger model
 ]
 SHORT = [Case(2, 2, 2, 128, 2000, 0.25), Case(4, 1, 2, 128, 2000, 0.25)]
@@ -178,7 +180,6 @@ class Worker:
 def _serve(
     kind: Callable[..., dict[str, Callable]], folder: str, pairs: Sequence[Pair], dtype: str, pipe: Connection
 ) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
     answers = kind(folder, pairs, dtype)
     try:
         while True:
@@ -291,7 +292,7 @@ def jax_steps(folder: str, pairs: Sequence[Pair], dtype: Dtype) -> dict[str, Cal
     from sami_jax.scoring.packed_rows import pack_rows
     from sami_jax.sharding import make_mesh, put_on_devices
     from sami_jax.stages.score import Scoring, row_limits
-    from sami_jax.training import init_state, make_optimizer, make_train_step
+    from sami_jax.training import abstract_state, init_state, make_optimizer, make_train_step
 
     mesh, shape = make_mesh(MeshConfig()), read_config(pathlib.Path(folder))
     train = TrainConfig(
@@ -305,10 +306,11 @@ def jax_steps(folder: str, pairs: Sequence[Pair], dtype: Dtype) -> dict[str, Cal
     model = make_model(shape, mesh=mesh, dtype=dtype)
     packing = pack_rows([pairs], row_limits(model, mesh, Scoring.of(train)))
     batch = put_on_devices(packing.stacked(0), shardings_of_rows(mesh, stacked=True))
-    shardings = jax.tree.map(lambda spec: spec.sharding, sharded_params(shape, mesh, dtype))
-    params = load_params(pathlib.Path(folder), shape, dtype=jnp.dtype(dtype), shardings=shardings)
+    specs = abstract_state(sharded_params(shape, mesh, dtype), make_optimizer(train))
+    shardings = jax.tree.map(lambda spec: spec.sharding, specs)
+    params = load_params(pathlib.Path(folder), shape, dtype=jnp.dtype(dtype), shardings=shardings.params)
     step_fn = make_train_step(model.rows, train)
-    states = [init_state(params, make_optimizer(train))]
+    states = [put_on_devices(init_state(params, make_optimizer(train)), shardings)]
 
     def step() -> float:
         state, metrics = step_fn(states.pop(), None, batch)

@@ -34,7 +34,8 @@ def test_every_program_of_a_run_is_compiled_and_shared_devices_hold_less():
     assert list(one) == list(eight) == list(ALL)
     for name, program in one.items():
         assert not program.refusal and program.compile_s > 0
-        assert program.flops == eight[name].flops > 0  # of all devices together
+        # Of all devices together; each has room for as many labels as the one with most.
+        assert 0 < program.flops <= eight[name].flops < 1.05 * program.flops
         assert 0 < eight[name].peak_bytes < program.peak_bytes
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from sami_jax.errors import SamiError
 from sami_jax.types import Array
 
-_BLOCK = 256  # queries
+_BLOCK = 128  # queries; of 256 and 512 a step takes longer, and compiles sooner (benchmarks/train_step.py)
 
 
 class BackEnd(NamedTuple):
@@ -86,13 +86,28 @@ def _dense(queries: Array, keys: Array, values: Array, positions: Array, ends: A
 
 
 def _blocked(queries: Array, keys: Array, values: Array, positions: Array, ends: Array, window: int | None) -> Array:
-    """A block of queries reads the keys up to its own end only, which halves the work of long rows."""
+    """A block of queries reads the keys up to its own end only, which halves the work of long rows.
+
+    Heads come first, once, so that each block is a product of matrices, and weights are divided by their sum behind it.
+    """
+    b, s, n, h = queries.shape
+    k, dtype = keys.shape[2], values.dtype
+    grouped = (queries * jnp.asarray(h**-0.5, queries.dtype)).reshape(b, s, k, n // k, h).transpose(0, 2, 3, 1, 4)
+    keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     outs = []
-    for first in range(0, queries.shape[1], _BLOCK):
-        last = min(first + _BLOCK, queries.shape[1])
+    for first in range(0, s, _BLOCK):
+        last = min(first + _BLOCK, s)
+        rows, shape = (b, k, n // k * (last - first)), (b, k, n // k, last - first)
+        block = grouped[:, :, :, first:last].reshape(*rows, h)
+        scores = jnp.matmul(block, keys[..., :last], preferred_element_type=jnp.float32).reshape(*shape, last)
         mask = visible(positions, ends, window=window, first=first, last=last)
-        outs.append(attend(queries[:, first:last], keys[:, :last], values[:, :last], mask))
-    return jnp.concatenate(outs, axis=1)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        sums = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(dtype).reshape(*rows, last)
+        mixed = jnp.matmul(weights, values[:, :, :last], preferred_element_type=jnp.float32).reshape(*shape, h)
+        outs.append((mixed / sums).astype(dtype))
+    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, s, n, h)
 
 
 DENSE = BackEnd("one mask over the row", _dense, row_multiple=128)
@@ -111,7 +126,7 @@ def check(chosen: BackEnd) -> None:
     Raises:
       SamiError: they differ, which is a fault of the back-end or of the compiler.
     """
-    width, rng = _BLOCK + 44, np.random.default_rng(0)
+    width, rng = 300, np.random.default_rng(0)
     arrays = [rng.normal(size=(1, width, heads, 4)).astype(np.float32) for heads in (2, 1, 1, 2)]
     # Two packs of a prompt and two responses, and padding.
     ends, positions = np.arange(1, width + 1, dtype=np.int32)[None], np.zeros((1, width), np.int32)

@@ -5,6 +5,7 @@ L layers. Parameters are born stacked on a leading L axis, and every one names i
 to a mesh. The decoder scans over L, so the code below sees one layer's slice.
 """
 
+import math
 from typing import NamedTuple
 
 import chex
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sami_jax.model.attention import BackEnd, attend, causal_mask
+from sami_jax.model.attention import DENSE, BackEnd, attend, causal_mask
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Array
 
@@ -42,9 +43,13 @@ class LayerCache(NamedTuple):
     values: Array
 
 
-def project(equation: str, x: Array, weight: Array) -> Array:
-    """The einsum of activations and a weight, in the activations' dtype, whatever the weight is kept in."""
-    return jnp.einsum(equation, x, weight.astype(x.dtype))
+def project(x: Array, weight: Array, *, axes: int = 1) -> Array:
+    """Contracts the last `axes` axes of activations with the first ones of a weight, in the activations' dtype.
+
+    As a product of two matrices: XLA's CPU computes the gradients of a batched einsum at two thirds of the speed.
+    """
+    matrix = weight.astype(x.dtype).reshape(math.prod(weight.shape[:axes]), -1)
+    return (x.reshape(-1, len(matrix)) @ matrix).reshape(*x.shape[:-axes], *weight.shape[axes:])
 
 
 def rms_norm(x: Array, gain: Array, *, eps: float) -> Array:
@@ -101,7 +106,7 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 class Attention(nnx.Module):
     """Self-attention with rotary positions, among the tokens of rows or behind those in a cache."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd = DENSE):
         c = config
         self.config, self.back_end = config, back_end
         heads = (c.n_layers, c.embed_dim, c.n_heads, c.head_dim)
@@ -125,9 +130,9 @@ class Attention(nnx.Module):
         """
         c = self.config
         frequencies = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
-        queries = rotate(project("btd,dnh->btnh", x, self.query[...]), positions, frequencies)
-        keys = rotate(project("btd,dkh->btkh", x, self.key[...]), positions, frequencies)
-        values = project("btd,dkh->btkh", x, self.value[...])
+        queries = rotate(project(x, self.query[...]), positions, frequencies)
+        keys = rotate(project(x, self.key[...]), positions, frequencies)
+        values = project(x, self.value[...])
         cache = None
         if isinstance(seen, LayerCache):
             rows = jnp.arange(x.shape[0])[:, None]
@@ -135,7 +140,7 @@ class Attention(nnx.Module):
             mixed = attend(queries, *cache, causal_mask(positions, keys=cache.keys.shape[1], window=c.sliding_window))
         else:
             mixed = self.back_end.attend(queries, keys, values, positions, seen, c.sliding_window)
-        return project("btnh,nhd->btd", mixed, self.out[...]), cache
+        return project(mixed, self.out[...], axes=2), cache
 
 
 class MLP(nnx.Module):
@@ -148,6 +153,4 @@ class MLP(nnx.Module):
         self.down = weight(rngs, (wide[0], wide[2], wide[1]), ("layers", "mlp", "embed"))
 
     def __call__(self, x: Array) -> Array:
-        gate = project("btd,df->btf", x, self.gate[...])
-        up = project("btd,df->btf", x, self.up[...])
-        return project("btf,fd->btd", jax.nn.silu(gate) * up, self.down[...])
+        return project(jax.nn.silu(project(x, self.gate[...])) * project(x, self.up[...]), self.down[...])

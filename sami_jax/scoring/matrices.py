@@ -28,7 +28,9 @@ def logits_of(hidden: Array, head: Array) -> Array:
     float32 on accelerators too, whose default is less.
     """
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32, precision=precision)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # two matrices, as in `model.layers.project`
+    logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32, precision=precision)
+    return logits.reshape(*hidden.shape[:-1], head.shape[1])
 
 
 def all_logits(model: RowModel, params: Params, tokens: Array) -> Array:

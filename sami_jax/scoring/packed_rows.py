@@ -174,7 +174,7 @@ def pack_rows(groups: Sequence[Sequence[Pair]], limits: RowLimits, *, eos_id: in
     sizes = [[_sizes(pair, ending) for pair in group] for group in groups]
     width = _chosen_width(groups, sizes, limits)
     rows = limits.shards * limits.rows_per_shard
-    placed = [_placed(group, rows, width) for group in sizes]
+    placed = [[[_spread(place, limits) for place in micro] for micro in _placed(group, rows, width)] for group in sizes]
     micro_batches = [micro for group in placed for micro in group]
     labels, queries = 1, limits.queries
     for group, packed in zip(groups, placed, strict=True):
@@ -188,6 +188,11 @@ def pack_rows(groups: Sequence[Sequence[Pair]], limits: RowLimits, *, eos_id: in
     real = sum(size for group in sizes for packs in group for size in packs)
     share = real / (len(micro_batches) * rows * width)
     return Packing(layout, groups, ending, max(map(len, placed)), share, placed)
+
+
+def _spread(place: _Place, limits: RowLimits) -> _Place:
+    """Deals the rows out to the parts like cards, since the first ones are the fullest."""
+    return place._replace(row=place.row % limits.shards * limits.rows_per_shard + place.row // limits.shards)
 
 
 def _pack_length(pair: Pair, constitution: int, ending: tuple[int, ...]) -> int:
