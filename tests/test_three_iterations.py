@@ -1,7 +1,9 @@
 """Three iterations of a tiny model, in this process: which model each of them samples from, trains and evaluates."""
 
+import dataclasses
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -120,3 +122,26 @@ def test_every_iteration_trains_the_base(run, iteration):
     moved = max(float(np.abs(after[name] - before[name]).max()) for name in before)
     largest = max(float(np.abs(weights).max()) for weights in before.values())
     assert 0.9 * LEARNING_RATE < moved < LEARNING_RATE * (1 + 0.01 * largest) * 1.001
+
+
+@pytest.mark.parametrize(
+    ("narrow", "needs", "remedy"),
+    [
+        # A training prompt of some 17 tokens, and two responses of up to 24.
+        ({"max_row_tokens": 60}, 1, "set it to {} or lower config.sampling.max_new_tokens"),
+        (
+            {"max_row_tokens": 100, "rows_per_device": 1},
+            2,
+            "set it to {}, raise config.train.rows_per_device, now 1, or",
+        ),
+    ],
+)
+def test_rows_that_may_be_too_narrow_are_refused_before_anything_is_sampled(tmp_path, narrow, needs, remedy):
+    config = tiny_run_config(tmp_path)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **narrow))
+    with pytest.raises(BadDataError, match="query 'q[0-3]' may need rows of") as error:
+        loop.run(config, tmp_path / "run", say=lambda sentence: None)
+    needed, packs, prompt = map(int, re.search(r"rows of (\d+) .* (\d) x \(.* of (\d+) and", str(error.value)).groups())
+    assert packs == needs and needed == packs * (prompt + 2 * 24) > narrow["max_row_tokens"]
+    assert remedy.format(needed) in str(error.value)
+    assert not (tmp_path / "run").exists()

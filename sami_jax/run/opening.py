@@ -219,17 +219,21 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
       BadDataError: the file and the query.
     """
     opened = open_model(Path(config.model), config.mesh, config.compute_dtype)
-    new_tokens = config.sampling.max_new_tokens + config.train.train_eos
+    sizes = {
+        "new_tokens": config.sampling.max_new_tokens + config.train.train_eos,
+        "rows_per_device": config.train.rows_per_device,
+        "max_row_tokens": config.train.max_row_tokens,
+    }
 
     def check(tasks: Iterable[Task], file: str) -> None:
-        check_tasks(opened, tasks, config.prompts, new_tokens=new_tokens, file=source_of(Path(file)))
+        check_tasks(opened, tasks, config.prompts, **sizes, file=source_of(Path(file)))
 
     evaluated = [task for tasks in evaluated_tasks(config).values() for task in tasks]
     check(evaluated, config.queries.evaluation)
     if config.evaluation.instruct:
         instruct = open_model(instruct_folder(config), config.mesh, config.compute_dtype)
         file = f"{source_of(Path(config.queries.evaluation))}, for config.evaluation.instruct"
-        check_tasks(instruct, evaluated, as_instruct(config).prompts, new_tokens=new_tokens, file=file)
+        check_tasks(instruct, evaluated, as_instruct(config).prompts, **sizes, file=file)
     pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
         half = alternating_half(read_queries(Path(config.queries.train)), iteration)

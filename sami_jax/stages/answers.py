@@ -14,34 +14,57 @@ from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.responding import prompt_problem, respond
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling import Response
-from sami_jax.sharding import more_devices
+from sami_jax.sharding import batch_shards, more_devices
 from sami_jax.stages.stage import Output
 
 
 def check_tasks(
-    opened: OpenModel, tasks: Iterable[Task], templates: PromptsConfig, *, new_tokens: int, file: str
+    opened: OpenModel,
+    tasks: Iterable[Task],
+    templates: PromptsConfig,
+    *,
+    new_tokens: int,
+    rows_per_device: int,
+    max_row_tokens: int,
+    file: str,
 ) -> None:
-    """Refuses the first task with a prompt that may not fit the model together with a response.
+    """Refuses the first task with a prompt that may not fit the model together with a response, or a row with all.
 
     Args:
       opened: the model.
       tasks: what is to be asked.
       templates: of the prompts.
       new_tokens: of the longest response.
+      rows_per_device: rows that are scored or trained on at once, for each device that shares them.
+      max_row_tokens: of the widest row.
       file: that the queries are from, to be named.
 
     Raises:
       BadDataError: the query, what is wrong and the remedy.
     """
-    renderer, room = Renderer(templates, opened.tokenizer), opened.model.config.max_positions - new_tokens
+    renderer, longest = Renderer(templates, opened.tokenizer), opened.model.config.max_positions - new_tokens
+    rows = rows_per_device * batch_shards(opened.mesh)
     for number, task in enumerate(tasks):
+        count = len(task.constitutions)
+        packs = -(-count // rows)  # that share a row, each a prompt and all responses
+        in_a_row = max_row_tokens // packs - count * new_tokens
         # The first one is tokenised in any case, to see that the tokenizer belongs to the model.
-        if number and renderer.most_tokens(task) <= room:
+        if number and renderer.most_tokens(task) <= min(longest, in_a_row):
             continue
         for name, prompts in (("generation", renderer.generation(task)), ("training", renderer.training(task))):
             for prompt in prompts:
                 if problem := prompt_problem(opened, prompt.ids, new_tokens):
                     raise BadDataError(f"{file}: the {name} prompt of query {task.query.example_id!r} {problem}")
+        widest = max(len(prompt.ids) for prompt in renderer.training(task))
+        if widest > in_a_row:
+            needed = packs * (widest + count * new_tokens)
+            raise BadDataError(
+                f"{file}: query {task.query.example_id!r} may need rows of {needed} tokens, for {packs} x (a training "
+                f"prompt of {widest} and {count} responses of up to {new_tokens}), but config.train.max_row_tokens is "
+                f"{max_row_tokens}; set it to {needed}"
+                + (f", raise config.train.rows_per_device, now {rows_per_device}," if packs > 1 else "")
+                + " or lower config.sampling.max_new_tokens."
+            )
 
 
 def answer(

@@ -86,8 +86,15 @@ class ScorePrinciples(FileStage):
         tasks = {principle.name: _tasks(principle, queries) for principle in principles}
         opened = open_model(self.model.path, self.mesh, self.compute_dtype)
         every_task = (task for of_one in tasks.values() for task in of_one)
-        new_tokens = self.sampling.max_new_tokens
-        check_tasks(opened, every_task, self.prompts, new_tokens=new_tokens, file=str(self.queries.path))
+        check_tasks(
+            opened,
+            every_task,
+            self.prompts,
+            new_tokens=self.sampling.max_new_tokens,
+            rows_per_device=self.scoring.rows_per_device,
+            max_row_tokens=self.scoring.max_row_tokens,
+            file=str(self.queries.path),
+        )
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
         progress = Progress("scoring principles", len(principles) * len(queries), unit="queries")
