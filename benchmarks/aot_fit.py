@@ -4,8 +4,8 @@
     python benchmarks/aot_fit.py         # all three, about ten minutes on two cores
     python benchmarks/aot_fit.py --only=mistral-7b
 
-A full optimizer step of 128 queries x 2 constitutions x 2 responses, one sequence per cell; prefill and decode of 64
-queries x 2 constitutions. Prints the peak memory of a chip against the chip's own, the compile time, and FLOPs counted
+A full optimizer step of 128 queries x 2 constitutions x 2 responses in packed rows; prefill and decode of 64 queries
+x 2 constitutions. Prints the peak memory of a chip against the chip's own, the compile time, and FLOPs counted
 from the jaxpr. Exits with 1 where one does not fit. No TPU ran: nothing here is a speed.
 """
 
