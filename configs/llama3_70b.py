@@ -8,9 +8,9 @@ On queries, principles and prompts of your own:
     sami run --config=configs/llama3_70b.py --workdir=runs/llama3-70b --config.queries.train=... \\
         --config.queries.evaluation=... --config.constitutions.principles=...
 
-Hardware: 64 TPU v5p chips (v5p:4x4x4, sold as v5p-128); a step takes 27.60 of a chip's 95 GiB (docs/models.md).
+Hardware: 64 TPU v5p chips (v5p:4x4x4, sold as v5p-128); a step takes 26.36 of a chip's 95 GiB (docs/models.md).
 They are several hosts: docs/launch.md.
-Duration: not measured, no TPU has run it. The matmuls of its 24 steps, 274 167 TFLOP each, take 9 minutes at 40 % of
+Duration: not measured, no TPU has run it. The matmuls of its 24 steps, 190 296 TFLOP each, take 7 minutes at 40 % of
 the chips' peak; sampling of 3072 queries and the evaluations come on top.
 Expected: the paper reports win rates of 54.0, 59.8 and 60.2 % against the base after iterations 1, 2 and 3, and of
 63.0, 61.0 and 63.4 % on held-out principles. Not reproduced here: no machine of that size has run it, the principles

@@ -8,9 +8,9 @@ On queries, principles and prompts of your own:
     sami run --config=configs/mistral_7b.py --workdir=runs/mistral-7b --config.queries.train=... \\
         --config.queries.evaluation=... --config.constitutions.principles=...
 
-Hardware: 16 TPU v5e chips (v5e:4x4); a step takes 11.92 of a chip's 16 GiB (docs/models.md). They are several hosts:
+Hardware: 16 TPU v5e chips (v5e:4x4); a step takes 11.28 of a chip's 16 GiB (docs/models.md). They are several hosts:
 docs/launch.md has the command.
-Duration: not measured, no TPU has run it. The matmuls of its 12 steps, 28 571 TFLOP each, take 5 minutes at 40 % of the
+Duration: not measured, no TPU has run it. The matmuls of its 12 steps, 19 977 TFLOP each, take 3 minutes at 40 % of the
 chips' peak; sampling of 1536 queries and the evaluations come on top.
 Expected: the paper reports win rates of 28.8, 64.0 and 70.8 % against the base after iterations 1, 2 and 3 (TL;DR,
 principles of its weak writer). Not reproduced here: no machine of that size has run it, the principles are our own,

@@ -7,9 +7,9 @@ On queries, principles and prompts of your own:
     sami run --config=configs/mixtral_8x7b.py --workdir=runs/mixtral-8x7b --config.queries.train=... \\
         --config.queries.evaluation=... --config.constitutions.principles=...
 
-Hardware: 16 TPU v5p chips (v5p:2x2x4, sold as v5p-32); a step takes 55.68 of a chip's 95 GiB (docs/models.md).
+Hardware: 16 TPU v5p chips (v5p:2x2x4, sold as v5p-32); a step takes 54.70 of a chip's 95 GiB (docs/models.md).
 They are several hosts: docs/launch.md.
-Duration: not measured, no TPU has run it. The matmuls of its 12 steps, 54 189 TFLOP each, take 4 minutes at 40 % of the
+Duration: not measured, no TPU has run it. The matmuls of its 12 steps, 37 590 TFLOP each, take 3 minutes at 40 % of the
 chips' peak; sampling of 1536 queries and the evaluations come on top.
 Expected: the paper reports win rates of 56.8, 66.0 and 62.0 % against the base after iterations 1, 2 and 3 (TL;DR,
 principles of its weak writer). Not reproduced here: no machine of that size has run it, the principles are our own,
