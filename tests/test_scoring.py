@@ -65,6 +65,14 @@ class TestLayout:
         np.testing.assert_array_equal(batch.at[:, :3], [[2, 3, 4], [1, 2, 3]])  # slots of the part
         np.testing.assert_array_equal(batch.cells[:, :3], [[0, 1, 1], [2, 3, 3]])
 
+    def test_rows_are_dealt_out_to_the_parts(self):
+        """So that each has about as many labels, for which all have room."""
+        pairs = [doubles.pair([[1, 2, 3]] * 2, [[4], [5]]) for _ in range(4)]
+        batch = only_batch(doubles.packing(pairs, shards=2, rows=4, multiple=8))  # two packs of four to a row
+        filled = np.asarray(batch.rows.tokens).any(axis=1).reshape(2, 4)
+        np.testing.assert_array_equal(filled, [[True, True, False, False]] * 2)
+        np.testing.assert_array_equal((batch.cells < batch.counts.size).sum(axis=1), [8, 8])
+
     def test_prompts_of_one_token_and_responses_without_any(self):
         pairs = [doubles.pair([[1], [2]], [[3], []]), doubles.pair([[1], [2, 4]], [[], []])]
         batch = only_batch(doubles.packing(pairs, rows=1, multiple=4))

@@ -117,6 +117,13 @@ class TestAccumulation:
         chex.assert_trees_all_close(state, big, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(metrics, big_metrics, rtol=1e-5, atol=1e-6)
 
+    def test_room_for_more_queries_changes_nothing(self):
+        batch = doubles.packing(PAIRS, rows=8, queries=7).stacked(0)
+        assert (batch.queries == len(PAIRS)).sum() == 3
+        (state, metrics), (other, other_metrics) = (run(config(kl_beta=0.3), batch=b) for b in (batch, micro()))
+        chex.assert_trees_all_close(state, other, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(metrics, other_metrics, rtol=1e-5, atol=1e-6)
+
     def test_an_empty_micro_batch_changes_nothing(self):
         """As a step has that needs fewer of them than another."""
         long = [doubles.pair([[1] * 6, [2] * 6], [[3] * 4, [4] * 4]) for _ in range(8)]
