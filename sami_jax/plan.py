@@ -17,9 +17,10 @@ from sami_jax.model.decoder import make_model, sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring.matrices import shardings_of_rows
 from sami_jax.scoring.packed_rows import pack_rows
-from sami_jax.sharding import batch_sharding, make_mesh, shared_rows
+from sami_jax.sharding import axes_sharding, batch_sharding, make_mesh, micro_batch_sharding, shared_rows
 from sami_jax.stages.score import Scoring, row_limits
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
+from sami_jax.types import Reference
 
 GIB = 2**30
 HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # a chip's, by Google's documentation
@@ -94,15 +95,15 @@ def compile_programs(
     if "train step" in names:
         check_training(config, iterations=config.iterations)
     mesh = make_mesh(config.mesh, devices)
-    model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype)
+    chunk = config.train.head_chunk or None
+    model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype, head_chunk=chunk)
     count = config.constitutions.count
 
-    def rows(spec: PartitionSpec, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    def array(spec: PartitionSpec, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
     if "train step" in names:
         state = abstract_state(sharded_params(shape, mesh, config.train.weights_dtype), make_optimizer(config.train))
-        reference = sharded_params(shape, mesh, config.compute_dtype) if config.train.kl_beta > 0 else None
         longest = Pair(0, (), (), ((0,) * prompt_tokens,) * count, ((0,) * response_tokens,) * count)
         limits = row_limits(model, mesh, Scoring.of(config.train))
         packing = pack_rows([[longest] * config.train.queries_per_step], limits)
@@ -111,6 +112,11 @@ def compile_programs(
             packing.stacked(0),
             shardings_of_rows(mesh, stacked=True),
         )
+        reference: Any = None
+        if config.train.kl_beta > 0:
+            dtype, split = jnp.dtype(config.compute_dtype), micro_batch_sharding(mesh).spec
+            head = array(axes_sharding(mesh, ("embed", "vocab")).spec, dtype, shape.embed_dim, shape.vocab_size)
+            reference = Reference(array(split, dtype, *batch.at.shape, shape.embed_dim), head)  # type: ignore[arg-type]
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
         yield _compile("train step", mesh, step, state, reference, batch)[0]
     if not {"prefill", "decode step"} & set(names):
@@ -118,7 +124,7 @@ def compile_programs(
     params = sharded_params(shape, mesh, config.compute_dtype)
     asked = shared_rows(config.sampling.chunk_queries * count, mesh)
     split = batch_sharding(mesh).spec
-    tokens, lengths = rows(split, jnp.int32, asked, prompt_tokens), rows(split, jnp.int32, asked)
+    tokens, lengths = array(split, jnp.int32, asked, prompt_tokens), array(split, jnp.int32, asked)
     cache_length = prompt_tokens + config.sampling.max_new_tokens
     prefill = jax.jit(lambda params, tokens, lengths: model.decode.prefill(params, tokens, lengths, cache_length))
     program, compiled = _compile("prefill", mesh, prefill, params, tokens, lengths)

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.errors import BadConfigError
@@ -132,6 +132,11 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
+def axes_sharding(mesh: Mesh, names: Sequence[str]) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None for name in names)))
+
+
 def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
     """The sharding of every parameter.
 
@@ -157,7 +162,7 @@ def param_shardings(mesh: Mesh, shapes: Params, axes: Params) -> Params:
                     f"The model's {name} axis has {size} entries, which {share} devices cannot share evenly; choose "
                     f"{axes} among the divisors of {size}."
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None for name in names)))
+        return axes_sharding(mesh, names)
 
     return jax.tree.map(sharding, shapes, axes)
 
@@ -175,6 +180,41 @@ def put_on_devices(tree: Any, shardings: Any) -> Any:
     Values in the host's memory must be the same in every process; JAX compares them, and raises where they are not.
     """
     return jax.device_put(tree, shardings)
+
+
+class HostArray(NamedTuple):
+    """An array that left the devices: every host has the parts that its own devices held, each part once.
+
+    Attributes:
+      shape: of the whole.
+      sharding: where it comes back to.
+      parts: (device, its part) for every device of this host; devices with equal parts share one.
+    """
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    parts: tuple[tuple[jax.Device, np.ndarray], ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """What this host keeps."""
+        return sum({id(part): part.nbytes for _, part in self.parts}.values())
+
+
+def to_hosts(x: jax.Array) -> HostArray:
+    """Brings an array into the memory of the hosts; nothing travels between them."""
+    found: dict[str, np.ndarray] = {}
+    for shard in x.addressable_shards:
+        if str(shard.index) not in found:
+            found[str(shard.index)] = np.array(shard.data)
+    parts = tuple((shard.device, found[str(shard.index)]) for shard in x.addressable_shards)
+    return HostArray(x.shape, x.sharding, parts)
+
+
+def from_hosts(x: HostArray) -> jax.Array:
+    """Puts an array back on the devices that it came from."""
+    parts = [jax.device_put(part, device) for device, part in x.parts]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 
 def gather(tree: Any) -> Any:

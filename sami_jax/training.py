@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 from sami_jax.config.training import TrainConfig
-from sami_jax.losses import contrast_accuracies, mi_lower_bound, response_kl, sami_loss
-from sami_jax.scoring.matrices import cell_logps, label_logits, over_cells
+from sami_jax.losses import contrast_accuracies, mi_lower_bound, sami_loss
+from sami_jax.scoring.matrices import logps_and_kls, over_cells
 from sami_jax.seeds import generator, jax_key
 from sami_jax.sharding import gather, replicated
-from sami_jax.types import Array, ContrastiveRows, Params, RowModel, TrainState
+from sami_jax.types import Array, ContrastiveRows, Params, Reference, RowModel, TrainState
 
 
 class StepMetrics(NamedTuple):
@@ -151,7 +151,7 @@ def round_to_dtypes(tree: Any, like: Any, key: Array | None) -> Any:
 
 
 class TrainStep:
-    """A step (state, reference params, batch [M, ...]) -> (state, metrics), compiled once for a kind of state."""
+    """A step (state, reference [M, ...], batch [M, ...]) -> (state, metrics), compiled once for a kind of state."""
 
     def __init__(self, step: Callable):
         @functools.lru_cache(maxsize=8)
@@ -163,7 +163,7 @@ class TrainStep:
         self._compiled = compiled
 
     def __call__(
-        self, state: TrainState, reference: Params | None, batch: ContrastiveRows
+        self, state: TrainState, reference: Reference | None, batch: ContrastiveRows
     ) -> tuple[TrainState, StepMetrics]:
         return self.jitted(state)(state, reference, batch)
 
@@ -178,16 +178,18 @@ def make_train_step(model: RowModel, config: TrainConfig, *, seed: int = 0) -> T
     """The optimizer step.
 
     The M micro-batches are scanned, so that the rows of one are in memory at once; their gradients add up to that of
-    the mean over the config.queries_per_step queries that the batch holds. The reference (the base model) is read only
-    where kl_beta > 0, and may else be None. The old state's memory is reused, its shardings are kept. An update whose
-    loss or gradient is not finite leaves the state as it was.
+    the mean over the config.queries_per_step queries that the batch holds. The reference is what the base model says of
+    the batch's labels; it is None where kl_beta is 0. The old state's memory is reused, its shardings are kept. An
+    update whose loss or gradient is not finite leaves the state as it was.
 
     Sums and updates are computed in float32 and rounded to the dtype of the state's params, stochastically where
     config.weights says so: by `seed` and the step's number, the same on any mesh.
     """
     optimizer, count = make_optimizer(config), config.queries_per_step
 
-    def step(state: TrainState, reference: Params, batch: ContrastiveRows) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, reference: Reference | None, batch: ContrastiveRows) -> tuple[TrainState, StepMetrics]:
+        if (reference is None) != (config.kl_beta == 0):
+            raise ValueError("A reference is given where kl_beta is above 0, and only there.")
         rounding = _Rounding(jax.random.fold_in(jax_key(seed, "rounding"), state.step), config)
         loss_of = functools.partial(_micro_loss, model=model, config=config)
         loss, gradients, seen = _gradient(loss_of, state.params, reference, batch, rounding)
@@ -214,10 +216,10 @@ def make_train_step(model: RowModel, config: TrainConfig, *, seed: int = 0) -> T
 
 # A micro-batch -> [] its share of the mean loss over the step's queries, and what is logged of each of its own [Q].
 def _micro_loss(
-    params: Params, reference: Params, batch: ContrastiveRows, *, model: RowModel, config: TrainConfig
+    params: Params, reference: Reference | None, batch: ContrastiveRows, *, model: RowModel, config: TrainConfig
 ) -> tuple[Array, dict[str, Array]]:
-    logits = label_logits(model, params, batch)  # [G, L, V]
-    logps = cell_logps(logits, batch, normalize=config.normalize)  # [Q, C, R]
+    label_logps, label_kls = logps_and_kls(model, params, batch, reference)  # [G, L]
+    logps = over_cells(label_logps, batch, normalize=config.normalize)  # [Q, C, R]
     losses = jax.vmap(
         functools.partial(
             sami_loss,
@@ -226,9 +228,7 @@ def _micro_loss(
         )
     )(logps)
     accuracies = jax.vmap(contrast_accuracies)(logps)
-    kl = jnp.zeros(logps.shape[0], jnp.float32)
-    if config.kl_beta > 0:
-        kl = _query_kls(logits, label_logits(model, reference, batch), batch)
+    kl = jnp.mean(over_cells(label_kls, batch, normalize="mean"), axis=(1, 2))  # of means over a cell's tokens
     seen = {
         "over_responses": losses.over_responses,
         "over_constitutions": losses.over_constitutions,
@@ -246,24 +246,26 @@ def _micro_loss(
 
 # [M, ...] micro-batches -> [] loss and its float32 gradient, both sums over them, and what is logged [M, Q]
 def _gradient(
-    loss_of: Callable, params: Params, reference: Params, batch: ContrastiveRows, rounding: "_Rounding"
+    loss_of: Callable, params: Params, reference: Reference | None, batch: ContrastiveRows, rounding: "_Rounding"
 ) -> tuple[Array, Params, dict[str, Array]]:
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
-    def nothing(params: Params, reference: Params, batch: ContrastiveRows) -> Any:
+    def nothing(params: Params, reference: Reference | None, batch: ContrastiveRows) -> Any:
         zeros = jnp.zeros(batch.queries.shape, jnp.float32)
         return (jnp.zeros((), jnp.float32), dict.fromkeys(_OF_QUERIES, zeros)), jax.tree.map(jnp.zeros_like, params)
 
-    def accumulate(total: tuple, micro: tuple[Array, ContrastiveRows]) -> tuple[tuple, dict[str, Array]]:
-        number, batch = micro
+    def accumulate(total: tuple, micro: tuple) -> tuple[tuple, dict[str, Array]]:
+        number, batch, hidden = micro
+        base = None if reference is None else reference._replace(hidden=hidden)
         # Steps have as many micro-batches as the one that needs most; those that are left empty cost nothing.
         filled = jnp.any(batch.counts > 0)
-        (loss, seen), gradient = jax.lax.cond(filled, gradient_of, nothing, params, reference, batch)
+        (loss, seen), gradient = jax.lax.cond(filled, gradient_of, nothing, params, base, batch)
         sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
         return (total[0] + loss, rounding.to_dtypes_of(total[1], sums, number)), seen
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    (loss, gradients), seen = jax.lax.scan(accumulate, start, (jnp.arange(batch.queries.shape[0]), batch))
+    micros = jnp.arange(batch.queries.shape[0]), batch, None if reference is None else reference.hidden
+    (loss, gradients), seen = jax.lax.scan(accumulate, start, micros)
     return loss, _float32(gradients), seen
 
 
@@ -289,16 +291,6 @@ class _Rounding:
 def _float32(tree: Any) -> Any:
     """bfloat16 leaves in float32; counts stay counts."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def _query_kls(policy: Array, reference: Array, batch: ContrastiveRows) -> Array:
-    """[Q] means over the C x R cells of each query, of means over a cell's tokens: logits [G, L, V] twice."""
-
-    def of_token(policy: Array, reference: Array) -> Array:
-        return response_kl(policy[None], reference[None], jnp.ones(1, bool))
-
-    kls = jax.vmap(jax.vmap(of_token))(policy, reference)
-    return jnp.mean(over_cells(kls, batch, normalize="mean"), axis=(1, 2))
 
 
 def _share_changed(before: Params, after: Params) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 Array = jax.Array
 Normalize = Literal["mean", "sum"]  # a response's log-prob over its tokens
@@ -40,11 +41,28 @@ class RowModel(NamedTuple):
     Attributes:
       hidden: (params, rows) -> [N, S, D] final hidden states. That of slot q predicts the token after it, and depends
         on the tokens that q sees only.
-      head: (params) -> [D, V] in the dtype of the hidden states: logits are hidden @ head, in float32.
+      head: (params) -> [D, V] as it is kept: logits are hidden @ head, of operands in the dtype of the hidden states,
+        in float32.
+      head_chunk: labels of a device whose logits are in memory at once; None for all.
+      head_sharding: where the head's columns and rows live; None leaves that to the compiler.
     """
 
     hidden: Callable[[Params, Rows], Array]
     head: Callable[[Params], Array]
+    head_chunk: int | None = None
+    head_sharding: NamedSharding | None = None
+
+
+class Reference(NamedTuple):
+    """The base model as KL to it needs it: what it says where labels are predicted, and its head.
+
+    Attributes:
+      hidden: [G, L, D] its hidden states, of `ContrastiveRows`; [M, G, L, D] of M micro-batches.
+      head: [D, V].
+    """
+
+    hidden: Array
+    head: Array
 
 
 class DecodeFn(NamedTuple):

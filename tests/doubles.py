@@ -17,7 +17,8 @@ from sami_jax.data.pairs import Pair
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.scoring.matrices import causal_rows
 from sami_jax.scoring.packed_rows import Packing, RowLimits, pack_rows
-from sami_jax.types import Array, DecodeFn, Params, RowModel, Rows
+from sami_jax.scoring.reference import reference_hidden
+from sami_jax.types import Array, ContrastiveRows, DecodeFn, Params, Reference, RowModel, Rows
 
 
 def table_params(vocab: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -92,6 +93,11 @@ def pair(
     """A pair for what reads token ids only; its texts say so."""
     texts = ("not read",) * len(prompt_ids)
     return Pair(example_id, texts, texts, tuple(map(tuple, prompt_ids)), tuple(map(tuple, response_ids)))
+
+
+def reference(model: RowModel, params: Params, batch: ContrastiveRows) -> Reference:
+    """What the model with these weights says of stacked micro-batches' labels."""
+    return Reference(reference_hidden(model, params, batch), model.head(params))
 
 
 def packing(

@@ -42,6 +42,7 @@ from sami_jax.run.agreement import check_seen, read_given, refuse_unseen
 from sami_jax.run.chats import given_source
 from sami_jax.safe_point import stop_on_signal
 from sami_jax.scoring.matrices import all_logits, shardings_of_rows
+from sami_jax.scoring.reference import KeptReference, group_hidden, head_of
 from sami_jax.sharding import batch_sharding, gather, make_mesh, put_on_devices
 from sami_jax.stages.export import convert
 from sami_jax.stages.judge import Judge
@@ -165,7 +166,7 @@ def way_through(
     config = RunConfig(
         mesh=mesh,
         # eps: an update that feels the gradient's size.
-        train=TrainConfig(queries_per_step=QUERIES, learning_rate=1e-2, eps=1e-3, remat="none"),
+        train=TrainConfig(queries_per_step=QUERIES, learning_rate=1e-2, eps=1e-3, kl_beta=0.1, remat="none"),
         sampling=SamplingConfig(max_new_tokens=12, stop=("##",)),
     )
     loaded = load_model(model, mesh, config.compute_dtype)
@@ -180,9 +181,13 @@ def way_through(
 
     state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)
-    batch = packed(loaded, [pairs], Scoring.of(config.train)).stacked(0)
-    batch = put_on_devices(batch, shardings_of_rows(loaded.mesh, stacked=True))
-    state, metrics = make_train_step(loaded.model.rows, config.train)(state, loaded.params, batch)
+    rows = packed(loaded, [pairs], Scoring.of(config.train))
+    batch = put_on_devices(rows.stacked(0), shardings_of_rows(loaded.mesh, stacked=True))
+    # The policy is still the base: KL is 0 where every process kept, and put back, what belongs to its own rows.
+    hidden = {0: group_hidden(loaded.model.rows, loaded.params, rows, 0, loaded.mesh)}
+    reference = KeptReference(head_of(loaded.model.rows, loaded.params), hidden).of(0)
+    state, metrics = make_train_step(loaded.model.rows, config.train)(state, reference, batch)
+    assert abs(float(metrics.kl)) < 1e-5, metrics.kl
     arrays |= {f"metrics.{name}": gather(value) for name, value in metrics._asdict().items()}
     arrays |= named(gather(state))
     with Checkpoints(out / "checkpoints") as checkpoints:

@@ -12,7 +12,8 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.flops import count_flops
 from sami_jax.model.decoder import abstract_params, make_model
 from sami_jax.model.moe import blocked_mlp, mixed_experts, ragged_mlp
-from sami_jax.scoring.matrices import causal_rows, logits_of
+from sami_jax.scoring.head import logits_of
+from sami_jax.scoring.matrices import causal_rows
 from sami_jax.sharding import make_mesh
 from tiny_models import tiny_config
 

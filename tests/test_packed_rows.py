@@ -17,7 +17,7 @@ from sami_jax.config.training import TrainConfig
 from sami_jax.data.pairs import Pair
 from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import abstract_params, make_model
-from sami_jax.scoring.matrices import cell_logps, label_logits, shardings_of_rows
+from sami_jax.scoring.matrices import contrastive_logps, shardings_of_rows
 from sami_jax.sharding import make_mesh, param_shardings, put_on_devices
 from sami_jax.training import init_state, make_optimizer, make_train_step
 from sami_jax.types import Array, ContrastiveRows, Params, RowModel
@@ -54,7 +54,7 @@ def ragged(count: int, *, constitutions: int, seed: int = 0) -> list[Pair]:
 
 def packed_matrix(model: RowModel, params: Params, batch: ContrastiveRows) -> Array:
     """[Q, C, R] of one micro-batch, in the order of its queries."""
-    return cell_logps(label_logits(model, params, batch), batch, normalize="mean")
+    return contrastive_logps(model, params, batch, normalize="mean")
 
 
 def packed_loss(model: RowModel, params: Params, batch: ContrastiveRows) -> tuple[Array, Array]:

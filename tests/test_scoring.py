@@ -12,7 +12,7 @@ import doubles
 from sami_jax.config.mesh import MeshConfig
 from sami_jax.data.pairs import Pair
 from sami_jax.errors import BadDataError
-from sami_jax.scoring.matrices import contrastive_logps, label_logits, score_packed
+from sami_jax.scoring.matrices import contrastive_logps, label_hidden, logps_and_kls, score_packed
 from sami_jax.scoring.packed_rows import Packing
 from sami_jax.sharding import make_mesh
 from sami_jax.types import ContrastiveRows
@@ -230,7 +230,7 @@ class TestContrastiveLogps:
             batch._replace(queries=batch.queries[:1]),
         ):
             with pytest.raises(AssertionError):
-                label_logits(doubles.MODEL, PARAMS, broken)
+                label_hidden(doubles.MODEL, PARAMS, broken)
 
 
 class TestScorePacked:
@@ -266,7 +266,7 @@ class TestScorePacked:
         np.testing.assert_allclose(scored(packing), scored(doubles.packing(PAIRS))[:2], rtol=1e-6)
 
 
-def test_a_model_of_bfloat16_has_float32_logits():
+def test_a_model_of_bfloat16_has_float32_logps():
     batch = only_batch(doubles.packing(PAIRS, rows=5))
     rough = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
-    assert label_logits(doubles.MODEL, rough, batch).dtype == jnp.float32
+    assert logps_and_kls(doubles.MODEL, rough, batch)[0].dtype == jnp.float32

@@ -177,10 +177,10 @@ def two_steps(family: str, layout: str | None):
     chex.clear_trace_counter()
     model = make_model(shape, mesh=mesh).rows
     model = model._replace(hidden=chex.assert_max_traces(model.hidden, n=2))
-    train_step = make_train_step(model, SETTINGS)
+    train_step, base = make_train_step(model, SETTINGS), doubles.reference(model, reference, batch)
     states, seen = [], []
     for _ in range(2):
-        state, metrics = train_step(state, reference, batch)
+        state, metrics = train_step(state, base, batch)
         states.append((jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)))
         seen.append(jax.device_get(metrics))
     return states, seen, shardings

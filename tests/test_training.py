@@ -47,9 +47,11 @@ def run(settings: TrainConfig, *, steps: int = 1, batch=None, params=None, refer
     params = small_params() if params is None else params
     reference = small_params() if reference is None else reference
     state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(settings))
+    batch = micro() if batch is None else batch
+    base = doubles.reference(model, reference, batch) if settings.kl_beta > 0 else None
     seen = []
     for _ in range(steps):
-        state, metrics = train_step(state, reference, micro() if batch is None else batch)
+        state, metrics = train_step(state, base, batch)
         seen.append(metrics)
     return state, seen
 
@@ -171,11 +173,13 @@ class TestKL:
         values = [float(metrics.kl) for metrics in pulled]
         assert values == sorted(values, reverse=True) and values[-1] < 0.9 * values[0]
 
-    def test_the_reference_is_left_alone(self):
-        reference = small_params()
-        before = jax.tree.map(np.array, reference)
-        run(config(kl_beta=0.3), steps=2, params=self.far(), reference=reference)
-        assert doubles.same_bits(reference, before)
+    @pytest.mark.parametrize("kl_beta", [0.0, 0.3])
+    def test_a_reference_where_there_is_none_or_none_where_there_is_one(self, kl_beta):
+        settings = config(kl_beta=kl_beta)
+        state = init_state(small_params(), make_optimizer(settings))
+        base = None if kl_beta else doubles.reference(doubles.MODEL, small_params(), micro())
+        with pytest.raises(ValueError, match="where kl_beta is above 0, and only there"):
+            make_train_step(doubles.MODEL, settings)(state, base, micro())
 
 
 class TestRounding:
@@ -221,7 +225,7 @@ def in_float32(function):
     return lambda params, *rest: function(jax.tree.map(lambda x: x.astype(jnp.float32), params), *rest)
 
 
-FLOAT32 = RowModel(*map(in_float32, doubles.MODEL))
+FLOAT32 = RowModel(in_float32(doubles.MODEL.hidden), in_float32(doubles.MODEL.head))
 
 
 class TestBfloat16Weights:
@@ -313,7 +317,7 @@ class TestProgressOfTraining:
         train_step = make_train_step(model, config())
         state = init_state(small_params(), make_optimizer(config()))
         for seed in range(3):
-            state, _ = train_step(state, small_params(), packing.stacked(seed))
+            state, _ = train_step(state, None, packing.stacked(seed))
 
 
 def poisoned(params, rows):
@@ -328,19 +332,25 @@ class TestNonFinite:
     @pytest.mark.parametrize("kl_beta", [0.0, 1.0])
     def test_the_state_stays_bitwise_and_the_queries_are_named(self, kl_beta):
         settings = config(kl_beta=kl_beta)
-        train_step = make_train_step(doubles.MODEL._replace(hidden=poisoned), settings)
+        model = doubles.MODEL._replace(hidden=poisoned)
+        train_step = make_train_step(model, settings)
         state = init_state(small_params(), make_optimizer(settings))
-        state, metrics = train_step(state, small_params(), micro(self.good))
+
+        def stepped(pairs):
+            base = doubles.reference(model, small_params(), micro(pairs)) if kl_beta else None
+            return train_step(state, base, micro(pairs))
+
+        state, metrics = stepped(self.good)
         assert bool(metrics.finite)
         before = jax.tree.map(np.array, state)
         pairs = [self.good[0], self.good[1], self.bad, self.good[3]]
-        state, metrics = train_step(state, small_params(), micro(pairs))
+        state, metrics = stepped(pairs)
         assert not bool(metrics.finite)
         assert doubles.same_bits(state, before)
         assert int(state.step) == 1
         assert nonfinite_examples(metrics, [pair.example_id for pair in pairs]) == ["bad"]
         assert float(metrics.share_changed) == 0.0
-        state, metrics = train_step(state, small_params(), micro(self.good))  # and the next step is an ordinary one
+        state, metrics = stepped(self.good)  # and the next step is an ordinary one
         assert bool(metrics.finite) and int(state.step) == 2
 
     def test_a_gradient_that_overflows_behind_a_finite_loss_is_refused(self):

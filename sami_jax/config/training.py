@@ -19,6 +19,12 @@ class TrainConfig:
     max_row_tokens: int = setting(
         4096, "widest row: one prompt with all its responses must fit; rows are as wide as is fastest", at_least=1
     )
+    head_chunk: int = setting(
+        0,
+        "response tokens whose logits are in memory at once, for each device that shares the batch; 0: as many as fill "
+        "512 MiB, on a CPU 256 MiB",
+        at_least=0,
+    )
     passes: float = setting(1.0, "how often a kept query is used at most, on average", at_least=1.0)
     optimizer: str = setting("adamw", "with torch's defaults", choices=("adamw", "rmsprop"))
     learning_rate: float = setting(5e-7, "constant, no warm-up", above=0)

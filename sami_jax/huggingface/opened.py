@@ -67,7 +67,9 @@ class LoadedModel(OpenModel):
 
 
 @agreed()
-def open_model(folder: Path, mesh: MeshConfig, dtype: Dtype, *, remat: Remat = "none") -> OpenModel:
+def open_model(
+    folder: Path, mesh: MeshConfig, dtype: Dtype, *, remat: Remat = "none", head_chunk: int | None = None
+) -> OpenModel:
     """A Hugging Face folder's model on a mesh.
 
     Args:
@@ -75,6 +77,7 @@ def open_model(folder: Path, mesh: MeshConfig, dtype: Dtype, *, remat: Remat = "
       mesh: how many devices share what.
       dtype: of activations and matmuls.
       remat: what gradients recompute; whoever takes none leaves it out.
+      head_chunk: labels of a device whose logits are in memory at once; None for as many as suit the platform.
 
     Raises:
       BadConfigError: there are fewer devices.
@@ -84,7 +87,7 @@ def open_model(folder: Path, mesh: MeshConfig, dtype: Dtype, *, remat: Remat = "
     if is_writer():  # one process for all: the bytes are the same, and reading them may take minutes
         check_sealed(folder)
     devices = make_mesh(mesh)
-    model = make_model(shape, remat=remat, mesh=devices, dtype=dtype)
+    model = make_model(shape, remat=remat, mesh=devices, dtype=dtype, head_chunk=head_chunk)
     tokenizer = load_tokenizer(folder)
     end_ids = read_end_ids(folder, shape)
     if tokenizer.eos_id is not None:

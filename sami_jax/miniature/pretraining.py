@@ -27,7 +27,8 @@ from sami_jax.model.decoder import init_params, make_model
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
-from sami_jax.scoring.matrices import causal_rows, logits_of
+from sami_jax.scoring.head import logits_of
+from sami_jax.scoring.matrices import causal_rows
 from sami_jax.seeds import jax_key
 from sami_jax.stage_folder import check_sealed, locked, seal, seal_of
 from sami_jax.types import Array, Params, RowModel, TrainState

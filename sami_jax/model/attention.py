@@ -5,7 +5,7 @@ Axes: B rows, T queries, S keys, N heads, K key/value heads, H head dim.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -23,14 +23,18 @@ class BackEnd(NamedTuple):
 
     Attributes:
       name: for people.
-      attend: (queries [B, S, N, H], keys [B, S, K, H], values [B, S, K, H], positions [B, S], ends [B, S], window) ->
-        [B, S, N, H], as `types.Rows` says who sees whom.
+      prepare: (positions [B, S], ends [B, S], window) -> what `attend` needs to know of who sees whom (`types.Rows`),
+        made once for all layers.
+      attend: (queries [B, S, N, H], keys [B, S, K, H], values [B, S, K, H], what was prepared) -> [B, S, N, H].
       row_multiple: it is fastest where S is a multiple of this.
+      skips: whether wide rows of many packs cost no more than narrow ones, since a pack's queries pass over the others.
     """
 
     name: str
-    attend: Callable[[Array, Array, Array, Array, Array, int | None], Array]
+    prepare: Callable[[Array, Array, int | None], Any]
+    attend: Callable[[Array, Array, Array, Any], Array]
     row_multiple: int
+    skips: bool = False
 
 
 def visible(positions: Array, ends: Array, *, window: int | None, first: int = 0, last: int | None = None) -> Array:
@@ -81,11 +85,20 @@ def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     return jnp.einsum("bkgts,bskh->btkgh", weights, values).reshape(b, t, n, h)
 
 
-def _dense(queries: Array, keys: Array, values: Array, positions: Array, ends: Array, window: int | None) -> Array:
-    return attend(queries, keys, values, visible(positions, ends, window=window))
+def _mask(positions: Array, ends: Array, window: int | None) -> Array:
+    return visible(positions, ends, window=window)
 
 
-def _blocked(queries: Array, keys: Array, values: Array, positions: Array, ends: Array, window: int | None) -> Array:
+def _block_masks(positions: Array, ends: Array, window: int | None) -> list[Array]:
+    """The mask of each block of queries, [B, _BLOCK, S] of the keys up to its end."""
+    s = ends.shape[1]
+    return [
+        visible(positions, ends, window=window, first=first, last=min(first + _BLOCK, s))
+        for first in range(0, s, _BLOCK)
+    ]
+
+
+def _blocked(queries: Array, keys: Array, values: Array, masks: list[Array]) -> Array:
     """A block of queries reads the keys up to its own end only, which halves the work of long rows.
 
     Heads come first, once, so that each block is a product of matrices, and weights are divided by their sum behind it.
@@ -95,12 +108,11 @@ def _blocked(queries: Array, keys: Array, values: Array, positions: Array, ends:
     grouped = (queries * jnp.asarray(h**-0.5, queries.dtype)).reshape(b, s, k, n // k, h).transpose(0, 2, 3, 1, 4)
     keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     outs = []
-    for first in range(0, s, _BLOCK):
-        last = min(first + _BLOCK, s)
+    for first, mask in zip(range(0, s, _BLOCK), masks, strict=True):
+        last = mask.shape[2]
         rows, shape = (b, k, n // k * (last - first)), (b, k, n // k, last - first)
         block = grouped[:, :, :, first:last].reshape(*rows, h)
         scores = jnp.matmul(block, keys[..., :last], preferred_element_type=jnp.float32).reshape(*shape, last)
-        mask = visible(positions, ends, window=window, first=first, last=last)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         sums = jnp.sum(weights, axis=-1, keepdims=True)
@@ -110,24 +122,25 @@ def _blocked(queries: Array, keys: Array, values: Array, positions: Array, ends:
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, s, n, h)
 
 
-DENSE = BackEnd("one mask over the row", _dense, row_multiple=128)
-BLOCKED = BackEnd(f"blocks of {_BLOCK} queries", _blocked, row_multiple=64)
-
-
-def back_end(platform: str) -> BackEnd:
-    """The back-end of JAX's platform: on a CPU the one in blocks (benchmarks/train_step.py)."""
-    return BLOCKED if platform == "cpu" else DENSE
+DENSE = BackEnd("one mask over the row", _mask, attend, row_multiple=128)
+BLOCKED = BackEnd(f"blocks of {_BLOCK} queries", _block_masks, _blocked, row_multiple=64)
 
 
 @functools.cache
-def check(chosen: BackEnd) -> None:
-    """Holds a back-end's outputs and gradients against the dense rule on a small row, once in a process.
+def check(chosen: BackEnd, *, rows: int = 1, heads: int = 1) -> None:
+    """Holds a back-end's outputs and gradients against the dense rule on small rows, once in a process.
+
+    Args:
+      chosen: the back-end.
+      rows: a number that its devices share evenly.
+      heads: key/value heads, likewise; of queries there are twice as many.
 
     Raises:
       SamiError: they differ, which is a fault of the back-end or of the compiler.
     """
-    width, rng = 300, np.random.default_rng(0)
-    arrays = [rng.normal(size=(1, width, heads, 4)).astype(np.float32) for heads in (2, 1, 1, 2)]
+    width, rng = 384, np.random.default_rng(0)
+    sizes = (2 * heads, heads, heads, 2 * heads)
+    arrays = [rng.normal(size=(rows, width, n, 64)).astype(np.float32) for n in sizes]
     # Two packs of a prompt and two responses, and padding.
     ends, positions = np.arange(1, width + 1, dtype=np.int32)[None], np.zeros((1, width), np.int32)
     for start, middle, last, end in ((0, 90, 131, 170), (170, 220, 263, 290)):
@@ -135,10 +148,11 @@ def check(chosen: BackEnd) -> None:
         for branch, stop in ((middle, last), (last, end)):
             positions[0, branch:stop] = middle - start + np.arange(stop - branch)
         positions[0, start:middle] = np.arange(middle - start)
+    ends, positions = np.tile(ends, (rows, 1)), np.tile(positions, (rows, 1))
 
     def outcome(one: BackEnd, qkv: list[Array]) -> list[Array]:
         def weighed(queries: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-            out = one.attend(queries, keys, values, jnp.asarray(positions), jnp.asarray(ends), 60)
+            out = one.attend(queries, keys, values, one.prepare(jnp.asarray(positions), jnp.asarray(ends), 60))
             return jnp.sum(out * arrays[3]), out
 
         (_, out), gradients = jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True)(*qkv)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from sami_jax.model.attention import DENSE, BackEnd, back_end
+from sami_jax.model.attention import BLOCKED, DENSE, BackEnd
 from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
 from sami_jax.model.shape import DecoderConfig
-from sami_jax.sharding import batch_sharding, param_shardings
+from sami_jax.scoring.head import default_chunk
+from sami_jax.sharding import axes_sharding, batch_sharding, param_shardings
 from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, RowModel, Rows
 
 _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
@@ -34,7 +35,7 @@ class Block(nnx.Module):
         self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
         self.mlp = MLP(config, rngs) if config.n_experts is None else Experts(config, rngs, mesh=mesh)
 
-    def __call__(self, x: Array, positions: Array, seen: Array | LayerCache) -> tuple[Array, LayerCache | None]:
+    def __call__(self, x: Array, positions: Array, seen: Any | LayerCache) -> tuple[Array, LayerCache | None]:
         """See `Attention`, for x, positions and what is seen."""
         eps = self.config.norm_eps
         mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, seen)
@@ -57,7 +58,7 @@ class Decoder(nnx.Module):
         mesh: Mesh | None = None,
         dtype: Dtype = "float32",
     ):
-        self.config, self.mesh, self.dtype = config, mesh, dtype
+        self.config, self.back_end, self.mesh, self.dtype = config, back_end, mesh, dtype
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         self.blocks = Block(config, rngs, back_end=back_end, mesh=mesh)
         self.final_norm = scale((config.embed_dim,), ("features",))
@@ -68,9 +69,10 @@ class Decoder(nnx.Module):
         """[N, S, D] final hidden states, normed; `remat`: what of each block the backward pass recomputes."""
         chex.assert_rank(rows, 2)
         graph, stacked = nnx.split(self.blocks)
+        seen = self.back_end.prepare(rows.positions, rows.ends, self.config.sliding_window)
 
         def block(x: Array, params: nnx.State) -> tuple[Array, None]:
-            return self._split(nnx.merge(graph, params)(x, rows.positions, rows.ends)[0]), None
+            return self._split(nnx.merge(graph, params)(x, rows.positions, seen)[0]), None
 
         x, _ = jax.lax.scan(_REMAT[remat](block), self._embed(rows.tokens), stacked)
         return self._norm(x)
@@ -109,11 +111,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32: rounded to bfloat16, the log-probs of a contrast would be equal too often."""
-        return jnp.einsum("...d,dv->...v", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+        head = self.head_weight().astype(self.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def head_weight(self) -> Array:
-        """[D, V] in the activations' dtype."""
-        return (self.embedding[...].T if self.config.tied_embeddings else self.head[...]).astype(self.dtype)
+        """[D, V] as it is kept."""
+        return self.embedding[...].T if self.config.tied_embeddings else self.head[...]
 
 
 class Model(NamedTuple):
@@ -156,7 +159,12 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
 
 @functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
 def make_model(
-    config: DecoderConfig, *, remat: Remat = "none", mesh: Mesh | None = None, dtype: Dtype = "float32"
+    config: DecoderConfig,
+    *,
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
+    dtype: Dtype = "float32",
+    head_chunk: int | None = None,
 ) -> Model:
     """The pure functions of a decoder of this shape.
 
@@ -166,8 +174,10 @@ def make_model(
       mesh: the devices that rows are split over; their number must then be a multiple of `sharding.batch_shards`.
       dtype: of activations, matmuls and cache, whatever the parameters are kept in; "float32" means it on
         accelerators too, whose default for float32 matmuls is less. Logits are float32.
+      head_chunk: labels of a device whose logits are in memory at once; None for as many as suit the platform.
     """
-    chosen = back_end(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    chosen = BLOCKED if platform == "cpu" else DENSE  # benchmarks/train_step.py
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), back_end=chosen, mesh=mesh, dtype=dtype)))
 
     def exactly(function: Callable) -> Callable:
@@ -203,4 +213,6 @@ def make_model(
         hidden, cache = decoder.decoded(tokens[:, None], positions[:, None], cache)
         return decoder.logits(hidden[:, 0]), cache
 
-    return Model(config, chosen, RowModel(hidden, head), DecodeFn(prefill, step))
+    whole = None if mesh is None else axes_sharding(mesh, ("embed", "vocab"))
+    rows = RowModel(hidden, head, head_chunk or default_chunk(config.vocab_size, platform), whole)
+    return Model(config, chosen, rows, DecodeFn(prefill, step))

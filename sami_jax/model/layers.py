@@ -6,7 +6,7 @@ to a mesh. The decoder scans over L, so the code below sees one layer's slice.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -117,13 +117,13 @@ class Attention(nnx.Module):
         out = (c.n_layers, c.n_heads, c.head_dim, c.embed_dim)
         self.out = weight(rngs, out, ("layers", "heads", "head_dim", "embed"))
 
-    def __call__(self, x: Array, positions: Array, seen: Array | LayerCache) -> tuple[Array, LayerCache | None]:
+    def __call__(self, x: Array, positions: Array, seen: Any | LayerCache) -> tuple[Array, LayerCache | None]:
         """Mixes tokens.
 
         Args:
           x: [B, T, D].
           positions: [B, T] int32.
-          seen: [B, T] int32, the `ends` of `Rows`; or the cache of the tokens before.
+          seen: what the back-end prepared of rows, or the cache of the tokens before.
 
         Returns:
           [B, T, D], and the cache, where there is one, with these tokens written at their positions.
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
             cache = LayerCache(seen.keys.at[rows, positions].set(keys), seen.values.at[rows, positions].set(values))
             mixed = attend(queries, *cache, causal_mask(positions, keys=cache.keys.shape[1], window=c.sliding_window))
         else:
-            mixed = self.back_end.attend(queries, keys, values, positions, seen, c.sliding_window)
+            mixed = self.back_end.attend(queries, keys, values, seen)
         return project(mixed, self.out[...], axes=2), cache
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sami_jax.losses import token_logps
+from sami_jax.scoring.head import label_terms, logits_of
 from sami_jax.scoring.packed_rows import Packing
 from sami_jax.sharding import batch_sharding, gather, micro_batch_sharding, put_on_devices, replicated
-from sami_jax.types import Array, ContrastiveRows, Normalize, Params, RowModel, Rows
+from sami_jax.types import Array, ContrastiveRows, Normalize, Params, Reference, RowModel, Rows
 
 
 def causal_rows(tokens: Array) -> Rows:
@@ -21,25 +21,13 @@ def causal_rows(tokens: Array) -> Rows:
     return Rows(tokens, slots, jnp.full_like(slots, tokens.shape[1]))
 
 
-def logits_of(hidden: Array, head: Array) -> Array:
-    """[..., V] float32 logits of hidden states [..., D] and a head [D, V].
-
-    Rounded to bfloat16, the log-probs of a contrast would be equal too often. Of float32 operands the product is
-    float32 on accelerators too, whose default is less.
-    """
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    rows = hidden.reshape(-1, hidden.shape[-1])  # two matrices, as in `model.layers.project`
-    logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32, precision=precision)
-    return logits.reshape(*hidden.shape[:-1], head.shape[1])
-
-
 def all_logits(model: RowModel, params: Params, tokens: Array) -> Array:
     """[N, S, V] float32: after every token of rows [N, S] of one sequence each."""
     return logits_of(model.hidden(params, causal_rows(tokens)), model.head(params))
 
 
-def label_logits(model: RowModel, params: Params, batch: ContrastiveRows) -> Array:
-    """[G, L, V] logits that predict the labels; the head runs where there are some, a third of the slots at C = 2."""
+def label_hidden(model: RowModel, params: Params, batch: ContrastiveRows) -> Array:
+    """[G, L, D] hidden states that predict the labels, a third of all slots at C = 2."""
     n, s = batch.rows.tokens.shape
     g, labels = batch.at.shape
     chex.assert_shape(batch.rows, (n, s))
@@ -47,7 +35,15 @@ def label_logits(model: RowModel, params: Params, batch: ContrastiveRows) -> Arr
     chex.assert_shape(batch.queries, batch.counts.shape[:1])
     hidden = model.hidden(params, batch.rows)
     hidden = hidden.reshape(g, n // g * s, hidden.shape[-1])
-    return logits_of(jnp.take_along_axis(hidden, batch.at[:, :, None], axis=1), model.head(params))
+    return jnp.take_along_axis(hidden, batch.at[:, :, None], axis=1)
+
+
+def logps_and_kls(
+    model: RowModel, params: Params, batch: ContrastiveRows, reference: Reference | None = None
+) -> tuple[Array, Array]:
+    """[G, L] log-probs of the labels and [G, L] KL from the reference there, in nats; see `label_terms`."""
+    hidden, head = label_hidden(model, params, batch), model.head(params)
+    return label_terms(hidden, head, batch.labels, reference, chunk=model.head_chunk, sharding=model.head_sharding)
 
 
 def over_cells(values: Array, batch: ContrastiveRows, *, normalize: Normalize) -> Array:
@@ -57,21 +53,10 @@ def over_cells(values: Array, batch: ContrastiveRows, *, normalize: Normalize) -
     return sums / jnp.maximum(batch.counts, 1).astype(sums.dtype) if normalize == "mean" else sums
 
 
-def cell_logps(logits: Array, batch: ContrastiveRows, *, normalize: Normalize) -> Array:
-    """[Q, C, R] log p(response r | query, constitution c) in nats: mean over its tokens, or sum.
-
-    Args:
-      logits: [G, L, V], of `label_logits`.
-      batch: its labels.
-      normalize: "mean" or "sum".
-    """
-    return over_cells(jax.vmap(token_logps)(logits, batch.labels), batch, normalize=normalize)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "normalize"))
 def contrastive_logps(model: RowModel, params: Params, batch: ContrastiveRows, *, normalize: Normalize) -> Array:
-    """[Q, C, R] log p(response r | query, constitution c) in nats; see `cell_logps`."""
-    return cell_logps(label_logits(model, params, batch), batch, normalize=normalize)
+    """[Q, C, R] log p(response r | query, constitution c) in nats: mean over its tokens, or sum."""
+    return over_cells(logps_and_kls(model, params, batch)[0], batch, normalize=normalize)
 
 
 def shardings_of_rows(mesh: Mesh, *, stacked: bool = False) -> ContrastiveRows:

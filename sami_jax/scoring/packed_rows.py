@@ -40,7 +40,7 @@ class RowLimits(NamedTuple):
       rows_per_shard: rows of a micro-batch in each part.
       widest: tokens of the widest row, rounded up to `multiple`.
       multiple: a width is a multiple of this.
-      dear_width: width of rows whose attention costs as much time as all else.
+      dear_width: width of rows whose attention costs as much time as all else; infinite where width costs nothing.
       queries: a micro-batch has room for so many queries, where it holds fewer, too.
     """
 
@@ -48,7 +48,7 @@ class RowLimits(NamedTuple):
     rows_per_shard: int
     widest: int
     multiple: int
-    dear_width: int
+    dear_width: float
     queries: int = 1
 
 

@@ -63,7 +63,7 @@ def packed(opened: OpenModel, groups: Sequence[Sequence[Pair]], how: Scoring, *,
       BadDataError: a query does not fit into the rows.
       SamiError: the attention is wrong on this machine.
     """
-    _announce(opened.model.attention, opened.mesh.devices.flat[0].platform)
+    _announce(opened.model.attention, opened.mesh)
     return pack_rows(groups, row_limits(opened.model, opened.mesh, how), eos_id=eos_id)
 
 
@@ -75,14 +75,14 @@ def row_limits(model: Model, mesh: Mesh, how: Scoring) -> RowLimits:
         widest=how.max_row_tokens,
         multiple=model.attention.row_multiple,
         # A layer's matmuls take some 24 D^2 FLOPs a token, its attention 4 D for each slot of the row.
-        dear_width=6 * model.config.embed_dim,
+        dear_width=math.inf if model.attention.skips else 6 * model.config.embed_dim,
     )
 
 
 @functools.cache
-def _announce(attention: BackEnd, platform: str) -> None:
-    check(attention)
-    say(f"attention in {attention.name} ({platform})")
+def _announce(attention: BackEnd, mesh: Mesh) -> None:
+    check(attention, rows=batch_shards(mesh), heads=mesh.shape["tensor"])
+    say(f"attention in {attention.name} ({mesh.devices.flat[0].platform})")
 
 
 def matrices(

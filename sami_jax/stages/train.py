@@ -23,6 +23,7 @@ from sami_jax.progress import Progress, say
 from sami_jax.safe_point import SafePoint
 from sami_jax.scoring.matrices import shardings_of_rows
 from sami_jax.scoring.packed_rows import Packing
+from sami_jax.scoring.reference import KeptReference, group_hidden, head_of
 from sami_jax.sharding import device_bytes, more_devices, put_on_devices
 from sami_jax.stages.score import Scoring, fewer_rows, packed
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
@@ -88,12 +89,12 @@ class Train(Stage):
           NonFiniteError: loss or gradient became NaN or infinite; the queries are named.
         """
         train, count = self.train, self.train.steps[self.iteration - 1]
-        opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat)
+        head_chunk = train.head_chunk or None
+        opened = open_model(self.base.path, self.mesh, self.compute_dtype, remat=train.remat, head_chunk=head_chunk)
         pairs = self._read_pairs(opened)
         packing = self._packed(opened, pairs)
         # Read the weights before the folder is begun, so that weights that are refused leave nothing behind.
         fresh = None if out.stands("checkpoints") else fresh_state(opened, train)
-        reference = opened.load(self.compute_dtype) if train.kl_beta > 0 else None
         out.begin()
         out.write("data.json", write_json, [[pair.example_id for pair in step] for step in packing.groups])
         say(f"training on {packing.describe()}")
@@ -103,6 +104,7 @@ class Train(Stage):
             state = fresh or checkpoints.restore_latest(abstract_train_state(opened, train))
             state = state or fresh_state(opened, train)
             first = int(state.step)
+            kept = self._reference(opened, packing, range(first, count)) if train.kl_beta > 0 else None
             title = f"iteration {self.iteration}: training"
             progress = Progress(title, count, unit="steps", done=first, log_every_s=5.0)
             for step in range(first, count):
@@ -110,7 +112,7 @@ class Train(Stage):
                 work = f"in step {step + 1} of iteration {self.iteration}, on {packing.describe()}"
                 with enough_memory(work, *remedies):
                     batch = put_on_devices(packing.stacked(step), shardings_of_rows(opened.mesh, stacked=True))
-                    state, metrics = step_fn(state, reference, batch)
+                    state, metrics = step_fn(state, kept.of(step) if kept else None, batch)
                     finite = bool(metrics.finite)
                 if not finite:
                     raise self._not_finite(step, metrics, packing.groups[step])
@@ -157,6 +159,21 @@ class Train(Stage):
         eos_id = opened.tokenizer.end_id() if train.train_eos else None
         return packed(opened, steps, Scoring.of(train), eos_id=eos_id)
 
+    def _reference(self, opened: OpenModel, packing: Packing, steps: range) -> KeptReference:
+        """What the base says of the labels of these steps. Its weights leave the devices again, but for the head."""
+        model, hidden = opened.model.rows, {}
+        params = opened.load(self.compute_dtype)
+        title = f"iteration {self.iteration}: reading the responses with the base, for KL"
+        progress = Progress(title, len(steps), unit="steps")
+        work = f"computing hidden states of the base, for KL, on {packing.describe()}"
+        with enough_memory(work, *self._remedies(opened)):
+            for done, step in enumerate(steps, start=1):
+                hidden[step] = group_hidden(model, params, packing, step, opened.mesh)
+                progress.update(done)
+            kept = KeptReference(head_of(model, params), hidden)
+        say(f"the base's hidden states at the responses take {kept.host_bytes / 1e9:.1f} GB of this host's memory")
+        return kept
+
     def _passes(self, pairs: Sequence[Pair]) -> float:
         return self.train.steps[self.iteration - 1] * self.train.queries_per_step / len(pairs)
 
@@ -164,6 +181,7 @@ class Train(Stage):
         return [
             fewer_rows(self.train.rows_per_device),
             "set config.train.remat=full" if self.train.remat != "full" else "",
+            f"lower config.train.head_chunk, now {opened.model.rows.head_chunk}",
             more_devices(opened.mesh),
             _rounded_weights(self.train),
         ]

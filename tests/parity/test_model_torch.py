@@ -24,7 +24,8 @@ from sami_jax.model.decoder import make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
 from sami_jax.responding import respond
-from sami_jax.scoring.matrices import all_logits, causal_rows, contrastive_logps, logits_of
+from sami_jax.scoring.head import logits_of
+from sami_jax.scoring.matrices import all_logits, causal_rows, contrastive_logps
 from sami_jax.types import Array, Params
 from tiny_models import load_float32, write_tokenizer
 from torch_models import FAMILIES, routed, seen, torch_model, turned
