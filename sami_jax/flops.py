@@ -19,7 +19,12 @@ _FOREIGN = {
 }
 
 
-def count_flops(function: Callable[..., Any], *args: Any, platform: str | None = None) -> int:
+def count_flops(
+    function: Callable[..., Any],
+    *args: Any,
+    platform: str | None = None,
+    of_kernel: Callable[[JaxprEqn], int] | None = None,
+) -> int:
     """FLOPs of the matrix multiplications in `function(*args)`, on all devices together.
 
     [m, k] times [k, n] counts 2 m k n. Elementwise work, reductions, sorts and gathers count nothing, as is the custom
@@ -37,27 +42,29 @@ def count_flops(function: Callable[..., Any], *args: Any, platform: str | None =
       function: what to count; it is traced, and not run.
       *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for `jax.default_backend()`, a GPU being taken for "cuda".
+      of_kernel: FLOPs of a Pallas kernel whose grid is data, from its equation.
 
     Raises:
       ValueError: matrices are multiplied in a loop without a static length, or in a primitive without a formula here,
-        convolutions, cuDNN's attention and foreign kernels among them.
+        convolutions, cuDNN's attention and foreign kernels among them, or Pallas kernels whose grid is data.
     """
     backend = jax.default_backend()
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, platform or {"gpu": "cuda"}.get(backend, backend))
+    platform = platform or {"gpu": "cuda"}.get(backend, backend)
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, platform, of_kernel)
 
 
-def _of_jaxpr(jaxpr: Jaxpr, platform: str) -> int:
-    return sum(_of_equation(equation, platform) for equation in jaxpr.eqns)
+def _of_jaxpr(jaxpr: Jaxpr, platform: str, of_kernel: Callable[[JaxprEqn], int] | None) -> int:
+    return sum(_of_equation(equation, platform, of_kernel) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: JaxprEqn, platform: str) -> int:
+def _of_equation(equation: JaxprEqn, platform: str, of_kernel: Callable[[JaxprEqn], int] | None) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_matmul(equation.invars[:2], params["dimension_numbers"])
     if name == "ragged_dot_general":
         numbers = params["ragged_dot_dimension_numbers"]
         return _of_matmul(equation.invars[:2], numbers.dot_dimension_numbers, groups=numbers.rhs_group_dimensions)
-    inner = [_of_jaxpr(jaxpr, platform) for jaxpr in jaxprs_in_params(params)]
+    inner = [_of_jaxpr(jaxpr, platform, of_kernel) for jaxpr in jaxprs_in_params(params)]
     if name == "cond":
         platforms = params.get("branches_platforms") or [()] * len(inner)
         chosen = [flops for flops, of in zip(inner, platforms, strict=True) if of is None or platform in of]
@@ -65,13 +72,18 @@ def _of_equation(equation: JaxprEqn, platform: str) -> int:
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * sum(inner)
+        grid = params["grid_mapping"].grid
+        if all(isinstance(size, int) for size in grid):
+            return math.prod(grid) * sum(inner)
+        if of_kernel is not None:
+            return of_kernel(equation)
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]) * sum(inner)
-    if name in _FOREIGN or (any(inner) and name not in _CALLS):
+    if name in (*_FOREIGN, "pallas_call") or (any(inner) and name not in _CALLS):
         raise ValueError(
             f"Cannot count the matrix multiplications of '{name}'. A loop needs a static length (scan, or fori_loop "
-            "with static bounds); any other primitive needs a formula in sami_jax/flops.py."
+            "with static bounds), a Pallas kernel whose grid is data `of_kernel`; any other primitive needs a formula "
+            "in sami_jax/flops.py."
         )
     return sum(inner)
 

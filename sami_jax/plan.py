@@ -2,21 +2,23 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sami_jax.config.run import RunConfig, check_training
 from sami_jax.data.pairs import Pair
 from sami_jax.errors import BadConfigError, is_out_of_memory
 from sami_jax.flops import count_flops
-from sami_jax.model.decoder import make_model, sharded_params
+from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring.matrices import shardings_of_rows
-from sami_jax.scoring.packed_rows import pack_rows
+from sami_jax.scoring.packed_rows import Packing, pack_rows
 from sami_jax.sharding import axes_sharding, batch_sharding, make_mesh, micro_batch_sharding, shared_rows
 from sami_jax.stages.score import Scoring, row_limits
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
@@ -118,7 +120,7 @@ def compile_programs(
             head = array(axes_sharding(mesh, ("embed", "vocab")).spec, dtype, shape.embed_dim, shape.vocab_size)
             reference = Reference(array(split, dtype, *batch.at.shape, shape.embed_dim), head)  # type: ignore[arg-type]
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
-        yield _compile("train step", mesh, step, state, reference, batch)[0]
+        yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packing))[0]
     if not {"prefill", "decode step"} & set(names):
         return
     params = sharded_params(shape, mesh, config.compute_dtype)
@@ -140,8 +142,19 @@ def compile_programs(
     yield _compile("decode step", mesh, decode, params, cache, lengths, lengths)[0]
 
 
-def _compile(name: str, mesh: Mesh, jitted: Any, *args: Any) -> tuple[Program, jax.stages.Compiled | None]:
-    flops = count_flops(jitted, *args, platform=mesh.devices.flat[0].platform)
+def _of_kernel(model: Model, packing: Packing) -> Callable[[JaxprEqn], int] | None:
+    """FLOPs of the kernel of a model's attention, where it has one, on the rows of a packing's first group."""
+    flops_of = model.attention.kernel_flops
+    if flops_of is None:
+        return None
+    ends = np.concatenate([np.asarray(batch.rows.ends) for batch in packing.micro_batches(0)])
+    return lambda equation: flops_of(equation, ends)
+
+
+def _compile(
+    name: str, mesh: Mesh, jitted: Any, *args: Any, of_kernel: Callable[[JaxprEqn], int] | None = None
+) -> tuple[Program, jax.stages.Compiled | None]:
+    flops = count_flops(jitted, *args, platform=mesh.devices.flat[0].platform, of_kernel=of_kernel)
     started = time.monotonic()
     try:
         with jax.set_mesh(mesh):  # without it, Pallas kernels would be lowered for this machine

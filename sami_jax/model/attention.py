@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from sami_jax.errors import SamiError
 from sami_jax.types import Array
@@ -27,14 +28,20 @@ class BackEnd(NamedTuple):
         made once for all layers.
       attend: (queries [B, S, N, H], keys [B, S, K, H], values [B, S, K, H], what was prepared) -> [B, S, N, H].
       row_multiple: it is fastest where S is a multiple of this.
-      skips: whether wide rows of many packs cost no more than narrow ones, since a pack's queries pass over the others.
+      kernel_flops: where it runs a kernel that passes over what no query of a block sees: FLOPs of the kernel that this
+        equation of a jaxpr runs, for rows whose ends are [N, S], on average.
     """
 
     name: str
     prepare: Callable[[Array, Array, int | None], Any]
     attend: Callable[[Array, Array, Array, Any], Array]
     row_multiple: int
-    skips: bool = False
+    kernel_flops: Callable[[JaxprEqn, np.ndarray], int] | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether wide rows of many packs cost no more than narrow ones, since one passes over another."""
+        return self.kernel_flops is not None
 
 
 def visible(positions: Array, ends: Array, *, window: int | None, first: int = 0, last: int | None = None) -> Array:

@@ -157,6 +157,19 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
 
 
+@functools.cache
+def _back_end(platform: str, mesh: Mesh | None) -> BackEnd:
+    """The back-end of JAX's platform: benchmarks/train_step.py measures that of a CPU."""
+    if platform == "tpu":
+        from sami_jax.model.attention_tpu import splash
+
+        try:
+            return splash(mesh)
+        except ImportError:
+            return DENSE._replace(name=f"{DENSE.name}, since tokamax of sami-jax[tpu] is not installed")
+    return BLOCKED if platform == "cpu" else DENSE
+
+
 @functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
 def make_model(
     config: DecoderConfig,
@@ -177,7 +190,7 @@ def make_model(
       head_chunk: labels of a device whose logits are in memory at once; None for as many as suit the platform.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    chosen = BLOCKED if platform == "cpu" else DENSE  # benchmarks/train_step.py
+    chosen = _back_end(platform, mesh)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), back_end=chosen, mesh=mesh, dtype=dtype)))
 
     def exactly(function: Callable) -> Callable:
