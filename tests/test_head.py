@@ -212,10 +212,12 @@ class TestMemory:
         assert chunked < 0.5 and with_kl < 0.7
 
     def test_the_platform_decides_how_many_labels(self):
-        assert default_chunk(32000, "cpu") == 2097 and default_chunk(32000, "tpu") == 4194
-        assert default_chunk(10**9, "gpu") == 1
-        assert make_model(tiny_config()).rows.head_chunk == default_chunk(tiny_config().vocab_size, "cpu")
-        assert make_model(tiny_config(), head_chunk=5).rows.head_chunk == 5
+        assert default_chunk(32000, 4096, "cpu") == 2097 and default_chunk(32000, 4096, "tpu") == 4194
+        assert default_chunk(128256, 8192, "gpu") == 8192  # whose logits take what the head's gradient takes
+        assert default_chunk(10**9, 8192, "cpu") == 1
+        config = tiny_config()
+        assert make_model(config).rows.head_chunk == default_chunk(config.vocab_size, config.embed_dim, "cpu")
+        assert make_model(config, head_chunk=5).rows.head_chunk == 5
 
 
 @pytest.mark.parametrize("layout", [MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, expert=2)])

@@ -22,7 +22,7 @@ class TrainConfig:
     head_chunk: int = setting(
         0,
         "response tokens whose logits are in memory at once, for each device that shares the batch; 0: as many as fill "
-        "512 MiB, on a CPU 256 MiB",
+        "256 MiB on a CPU, elsewhere 512 MiB, or as many as the model is wide",
         at_least=0,
     )
     passes: float = setting(1.0, "how often a kept query is used at most, on average", at_least=1.0)

@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn
 from sami_jax.errors import SamiError
 from sami_jax.types import Array
 
-_BLOCK = 128  # queries; of 256 and 512 a step takes longer, and compiles sooner (benchmarks/train_step.py)
+_BLOCK = 128  # queries; of 256 and 512 a step on a CPU takes longer (benchmarks/train_step.py), on a GPU the same
 
 
 class BackEnd(NamedTuple):

@@ -159,7 +159,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
 
 @functools.cache
 def _back_end(platform: str, mesh: Mesh | None) -> BackEnd:
-    """The back-end of JAX's platform: benchmarks/train_step.py measures that of a CPU."""
+    """The back-end of JAX's platform; docs/benchmarks.md has what was measured."""
     if platform == "tpu":
         from sami_jax.model.attention_tpu import splash
 
@@ -167,7 +167,7 @@ def _back_end(platform: str, mesh: Mesh | None) -> BackEnd:
             return splash(mesh)
         except ImportError:
             return DENSE._replace(name=f"{DENSE.name}, since tokamax of sami-jax[tpu] is not installed")
-    return BLOCKED if platform == "cpu" else DENSE
+    return BLOCKED
 
 
 @functools.lru_cache(maxsize=8)  # equal shapes share their functions, so that what jit compiled is used again
@@ -227,5 +227,5 @@ def make_model(
         return decoder.logits(hidden[:, 0]), cache
 
     whole = None if mesh is None else axes_sharding(mesh, ("embed", "vocab"))
-    rows = RowModel(hidden, head, head_chunk or default_chunk(config.vocab_size, platform), whole)
+    rows = RowModel(hidden, head, head_chunk or default_chunk(config.vocab_size, config.embed_dim, platform), whole)
     return Model(config, chosen, rows, DecodeFn(prefill, step))

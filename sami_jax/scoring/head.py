@@ -14,8 +14,7 @@ from jax.sharding import NamedSharding
 
 from sami_jax.types import Array, Reference
 
-# Bytes of float32 logits that a device has at once, unless told otherwise: each further chunk adds up the gradient of
-# the head once more, on several devices after a sum over them (benchmarks/logprob_head.py).
+# Bytes of float32 logits that a device has at once, unless told otherwise.
 _LOGITS_BYTES = {"cpu": 256 * 2**20}
 _LOGITS_BYTES_ELSEWHERE = 512 * 2**20
 _PADDED = -1e30  # the logit of what is no token: finite, since 0 times infinity is no number
@@ -27,9 +26,15 @@ class _How(NamedTuple):
     sharding: NamedSharding | None
 
 
-def default_chunk(vocab_size: int, platform: str) -> int:
-    """Labels of a device at once, on one of JAX's platforms."""
-    return max(1, _LOGITS_BYTES.get(platform, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
+def default_chunk(vocab_size: int, embed_dim: int, platform: str) -> int:
+    """Labels of a device at once, on one of JAX's platforms.
+
+    Each further chunk adds up the gradient of the head once more, on several devices after a sum over them. On
+    accelerators that takes more time than it saves memory while a chunk has no more labels than the head has rows,
+    since its logits are then no more than that gradient (benchmarks/logprob_head.py).
+    """
+    by_bytes = max(1, _LOGITS_BYTES.get(platform, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
+    return by_bytes if platform == "cpu" else max(by_bytes, embed_dim)
 
 
 def logits_of(hidden: Array, head: Array) -> Array:
