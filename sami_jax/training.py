@@ -250,18 +250,19 @@ def _gradient(
 ) -> tuple[Array, Params, dict[str, Array]]:
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
-    def nothing(params: Params, reference: Reference | None, batch: ContrastiveRows) -> Any:
-        zeros = jnp.zeros(batch.queries.shape, jnp.float32)
-        return (jnp.zeros((), jnp.float32), dict.fromkeys(_OF_QUERIES, zeros)), jax.tree.map(jnp.zeros_like, params)
+    def added(total: tuple, reference: Reference | None, batch: ContrastiveRows, number: Array) -> tuple:
+        (loss, seen), gradient = gradient_of(params, reference, batch)
+        sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
+        return (total[0] + loss, rounding.to_dtypes_of(total[1], sums, number)), seen
+
+    def passed(total: tuple, reference: Reference | None, batch: ContrastiveRows, number: Array) -> tuple:
+        return total, dict.fromkeys(_OF_QUERIES, jnp.zeros(batch.queries.shape, jnp.float32))
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, dict[str, Array]]:
         number, batch, hidden = micro
         base = None if reference is None else reference._replace(hidden=hidden)
         # Steps have as many micro-batches as the one that needs most; those that are left empty cost nothing.
-        filled = jnp.any(batch.counts > 0)
-        (loss, seen), gradient = jax.lax.cond(filled, gradient_of, nothing, params, base, batch)
-        sums = jax.tree.map(jnp.add, _float32(total[1]), _float32(gradient))
-        return (total[0] + loss, rounding.to_dtypes_of(total[1], sums, number)), seen
+        return jax.lax.cond(jnp.any(batch.counts > 0), added, passed, total, base, batch, number)
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     micros = jnp.arange(batch.queries.shape[0]), batch, None if reference is None else reference.hidden

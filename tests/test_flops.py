@@ -122,6 +122,22 @@ class TestByHand:
 
         assert count_flops(function, shape(32, 16), shape(16, 16)) == 2 * 32 * 16 * 16
 
+    def test_pallas_kernel_whose_grid_is_data_is_counted_by_the_caller(self):
+        def kernel(x, y, out):
+            out[...] = x[...] @ y[...]
+
+        def function(x, y, cells):
+            rows = pl.BlockSpec((8, 16), lambda i: (i, 0))
+            specs = {"grid": (cells,), "in_specs": [rows, pl.BlockSpec((16, 16), lambda i: (0, 0))], "out_specs": rows}
+            return pl.pallas_call(kernel, out_shape=shape(32, 16), **specs)(x, y)
+
+        args = shape(32, 16), shape(16, 16), shape(dtype=jnp.int32)
+        seen = []
+        assert count_flops(function, *args, of_kernel=lambda equation: seen.append(equation) or 7) == 7
+        assert [equation.primitive.name for equation in seen] == ["pallas_call"]
+        with pytest.raises(ValueError, match="a Pallas kernel whose grid is data `of_kernel`"):
+            count_flops(function, *args)
+
 
 class TestWhatCannotBeCounted:
     def test_a_loop_of_unknown_length(self):

@@ -23,11 +23,14 @@ from sami_jax.sharding import (
     RULES,
     batch_sharding,
     batch_shards,
+    from_hosts,
     make_mesh,
+    micro_batch_sharding,
     padded_size,
     param_shardings,
     put_on_devices,
     replicated,
+    to_hosts,
 )
 from sami_jax.training import init_state, make_optimizer, make_train_step, round_to_dtypes
 from tiny_models import FAMILIES, random_params, tiny_config
@@ -154,6 +157,22 @@ def test_stochastic_rounding_is_that_of_one_device(layout):
     shardings = param_shardings(mesh, *abstract_params(shape))
     spread = rounded(put_on_devices(exact, shardings), put_on_devices(like, shardings), jax.random.key(5))
     assert doubles.same_bits(spread, rounded(exact, like, jax.random.key(5)))
+
+
+class TestHosts:
+    def test_an_array_comes_back_as_it_left_and_equal_parts_are_kept_once(self):
+        mesh = make_mesh(MeshConfig(data=2, tensor=4))
+        x = put_on_devices(np.arange(24, dtype=np.float32).reshape(1, 4, 6), micro_batch_sharding(mesh))
+        left = to_hosts(x)
+        assert left.host_bytes == x.nbytes  # four devices hold each half
+        back = from_hosts(left)
+        assert doubles.same_bits(back, x) and back.sharding == x.sharding
+
+    def test_it_takes_no_memory_of_the_devices(self):
+        x = jnp.arange(6.0)
+        left = to_hosts(x)
+        x.delete()
+        np.testing.assert_array_equal(from_hosts(left), np.arange(6))
 
 
 SETTINGS = TrainConfig(
