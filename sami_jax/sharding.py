@@ -206,7 +206,7 @@ def to_hosts(x: jax.Array) -> HostArray:
     found: dict[str, np.ndarray] = {}
     for shard in x.addressable_shards:
         if str(shard.index) not in found:
-            found[str(shard.index)] = np.array(shard.data)
+            found[str(shard.index)] = np.asarray(shard.data)
     parts = tuple((shard.device, found[str(shard.index)]) for shard in x.addressable_shards)
     return HostArray(x.shape, x.sharding, parts)
 
