@@ -100,12 +100,15 @@ def _forward(hidden: Array, head: Array, labels: Array, reference: Reference | N
     def one(part: tuple[Array, Array, Array | None]) -> tuple[Array, ...]:
         x, y, of_reference = part
         logits = _logits(x, weights[0], how)
-        log_sum, chosen = _log_sum(logits), jnp.sum(jnp.where(_is_label(logits, y), logits, 0.0), axis=-1)
-        logps = jnp.where((y >= 0) & (y < vocab_size), chosen - log_sum, jnp.nan)
+        chosen = jnp.sum(jnp.where(_is_label(logits, y), logits, 0.0), axis=-1)
+        largest, rest = _log_sum(logits)
+        log_sum = largest + rest
+        # Logits near 20 are subtracted first, since a float32 sum of that size loses 1e-6.
+        logps = jnp.where((y >= 0) & (y < vocab_size), (chosen - largest) - rest, jnp.nan)
         if of_reference is None:
             return logps, log_sum
         policy, reference = logits - log_sum[:, None], _logits(of_reference, weights[1], how)
-        reference_sum = _log_sum(reference)
+        reference_sum = jnp.add(*_log_sum(reference))
         kls = jnp.sum(jnp.exp(policy) * (policy - (reference - reference_sum[:, None])), axis=-1)
         return logps, log_sum, reference_sum, kls
 
@@ -180,9 +183,10 @@ def _logits(x: Array, weight: Array, how: _How) -> Array:
     return jnp.where(jnp.arange(logits.shape[1])[None, :] < how.vocab_size, logits, _PADDED)
 
 
-def _log_sum(logits: Array) -> Array:
+def _log_sum(logits: Array) -> tuple[Array, Array]:
+    """[T] the largest logit, and what the log of the sum of exponentials is above it."""
     largest = jnp.max(logits, axis=-1)
-    return largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    return largest, jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
 
 
 def _is_label(logits: Array, labels: Array) -> Array:
