@@ -165,7 +165,8 @@ class TestModules:
         )
         back = positions[:, :, None] - positions[:, None, :]
         mixed = np_attention(queries, keys, np.tensordot(x, value, 1), (back >= 0) & (back < 2))
-        actual, cache = module(jnp.asarray(x), jnp.asarray(positions), jnp.full((2, 5), 5))
+        seen = module.back_end.prepare(jnp.asarray(positions), jnp.full((2, 5), 5), 2)
+        actual, cache = module(jnp.asarray(x), jnp.asarray(positions), seen)
         assert cache is None
         assert_close(actual, np.tensordot(mixed, out, 2))
 
@@ -187,7 +188,7 @@ class TestModules:
         config = tiny_config()
         block = first_layer(Block(config, nnx.Rngs(0)))
         x, positions = jnp.asarray(normal(1, 4, 24)), jnp.arange(4)[None]
-        ends = jnp.full((1, 4), 4)
-        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, ends)[0]
+        seen = block.attention.back_end.prepare(positions, jnp.full((1, 4), 4), None)
+        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, seen)[0]
         expected = middle + block.mlp(rms_norm(middle, block.mlp_norm[...], eps=1e-5))
-        assert_close(block(x, positions, ends)[0], expected)
+        assert_close(block(x, positions, seen)[0], expected)
