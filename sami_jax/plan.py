@@ -19,10 +19,17 @@ from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring.matrices import shardings_of_rows
 from sami_jax.scoring.packed_rows import Packing, pack_rows
-from sami_jax.sharding import axes_sharding, batch_sharding, make_mesh, micro_batch_sharding, shared_rows
+from sami_jax.sharding import (
+    axes_sharding,
+    batch_sharding,
+    cache_sharding,
+    make_mesh,
+    micro_batch_sharding,
+    shared_rows,
+)
 from sami_jax.stages.score import Scoring, row_limits
 from sami_jax.training import abstract_state, make_optimizer, make_train_step
-from sami_jax.types import Reference
+from sami_jax.types import Prompts, Reference, Rows
 
 GIB = 2**30
 HBM_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # a chip's, by Google's documentation
@@ -101,7 +108,7 @@ def compile_programs(
     model = make_model(shape, remat=config.train.remat, mesh=mesh, dtype=config.compute_dtype, head_chunk=chunk)
     count = config.constitutions.count
 
-    def array(spec: PartitionSpec, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    def array(spec: PartitionSpec, dtype: Any, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
     if "train step" in names:
@@ -118,28 +125,24 @@ def compile_programs(
         if config.train.kl_beta > 0:
             dtype, split = jnp.dtype(config.compute_dtype), micro_batch_sharding(mesh).spec
             head = array(axes_sharding(mesh, ("embed", "vocab")).spec, dtype, shape.embed_dim, shape.vocab_size)
-            reference = Reference(array(split, dtype, *batch.at.shape, shape.embed_dim), head)  # type: ignore[arg-type]
+            reference = Reference(array(split, dtype, *batch.at.shape, shape.embed_dim), head)
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
-        yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packing))[0]
-    if not {"prefill", "decode step"} & set(names):
-        return
+        yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packing))
     params = sharded_params(shape, mesh, config.compute_dtype)
     asked = shared_rows(config.sampling.chunk_queries * count, mesh)
     split = batch_sharding(mesh).spec
-    tokens, lengths = array(split, jnp.int32, asked, prompt_tokens), array(split, jnp.int32, asked)
-    cache_length = prompt_tokens + config.sampling.max_new_tokens
-    prefill = jax.jit(lambda params, tokens, lengths: model.decode.prefill(params, tokens, lengths, cache_length))
-    program, compiled = _compile("prefill", mesh, prefill, params, tokens, lengths)
-    yield program
-    if compiled is None or "decode step" not in names:
-        return
     cache = jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding),
-        jax.eval_shape(prefill, params, tokens, lengths)[1],
-        compiled.output_shardings[1],
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=cache_sharding(mesh)),
+        jax.eval_shape(lambda: model.decode.empty(asked, prompt_tokens + config.sampling.max_new_tokens)),
     )
-    decode = jax.jit(model.decode.step, donate_argnums=1)
-    yield _compile("decode step", mesh, decode, params, cache, lengths, lengths)[0]
+    if "prefill" in names:
+        tokens = array(split, jnp.int32, asked, prompt_tokens)
+        prompts = Prompts(Rows(tokens, tokens, tokens), tokens, array(split, jnp.int32, asked, 1))
+        prefill = jax.jit(model.decode.prefill, donate_argnums=1)
+        yield _compile("prefill", mesh, prefill, params, cache, prompts)
+    if "decode step" in names:
+        decode, each = jax.jit(model.decode.step, donate_argnums=1), array(split, jnp.int32, asked)
+        yield _compile("decode step", mesh, decode, params, cache, each, each)
 
 
 def _of_kernel(model: Model, packing: Packing) -> Callable[[JaxprEqn], int] | None:
@@ -153,7 +156,7 @@ def _of_kernel(model: Model, packing: Packing) -> Callable[[JaxprEqn], int] | No
 
 def _compile(
     name: str, mesh: Mesh, jitted: Any, *args: Any, of_kernel: Callable[[JaxprEqn], int] | None = None
-) -> tuple[Program, jax.stages.Compiled | None]:
+) -> Program:
     flops = count_flops(jitted, *args, platform=mesh.devices.flat[0].platform, of_kernel=of_kernel)
     started = time.monotonic()
     try:
@@ -163,6 +166,6 @@ def _compile(
         if not is_out_of_memory(error):
             raise
         refusal = " ".join(str(error).split("\n")[:2])
-        return Program(name, None, refusal, flops, time.monotonic() - started), None
+        return Program(name, None, refusal, flops, time.monotonic() - started)
     seconds = time.monotonic() - started
-    return Program(name, compiled.memory_analysis().peak_memory_in_bytes, "", flops, seconds), compiled
+    return Program(name, compiled.memory_analysis().peak_memory_in_bytes, "", flops, seconds)

@@ -14,7 +14,7 @@ import numpy as np
 from sami_jax.data.prompts import Prompt
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sharding import gather, padded_size, put_on_devices
-from sami_jax.types import Array, DecodeFn, Params
+from sami_jax.types import Array, DecodeFn, Params, Prompts, Rows
 
 _PIECES = 3  # tokens that may have to follow a piece of a character, which has up to four bytes
 
@@ -81,11 +81,14 @@ def greedy(
         logits, cache = decode.step(params, cache, token, lengths + step)
         return step + 1, choose(logits), cache, Samples(emitted, row_lengths, stopped)
 
-    logits, cache = decode.prefill(params, tokens, lengths, width + max_new_tokens)
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], tokens.shape)
+    own = Rows(tokens, positions, jnp.full_like(tokens, width))  # a part with one slot for each prompt
+    prompts = Prompts(own, (positions >= lengths[:, None]).astype(jnp.int32), (lengths - 1)[:, None])
+    logits, cache = decode.prefill(params, decode.empty(rows, width + max_new_tokens), prompts)
     nothing = Samples(
         jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.bool_)
     )
-    start = (jnp.zeros((), jnp.int32), choose(logits), cache, nothing)
+    start = (jnp.zeros((), jnp.int32), choose(logits[:, 0]), cache, nothing)
     return jax.lax.while_loop(unfinished, emit, start)[3]
 
 

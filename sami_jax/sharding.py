@@ -132,6 +132,11 @@ def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a cache [L, B, K, S, H]: slots as examples are, heads as those of the weights."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, RULES["kv_heads"]))
+
+
 def axes_sharding(mesh: Mesh, names: Sequence[str]) -> NamedSharding:
     """The sharding of an array with these logical axes."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] or None for name in names)))

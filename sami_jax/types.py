@@ -65,16 +65,36 @@ class Reference(NamedTuple):
     head: Array
 
 
+class Prompts(NamedTuple):
+    """Prompts as a model reads them before it goes on with them in slots.
+
+    Rows and slots are shared by G parts, a row for each: prompts stand one behind the other in the row of the part
+    whose slots go on with them.
+
+    Attributes:
+      rows: G rows of W tokens.
+      slots: [G, W] int32. The slot of the part that each token is for; the number of them, B / G, for padding.
+      last: [G, P] int32. Where in its row the last token of each prompt is; anything for a prompt that is not there.
+    """
+
+    rows: Rows
+    slots: Array
+    last: Array
+
+
 class DecodeFn(NamedTuple):
     """A model as sampling sees it; a bigram table can be one.
 
     Attributes:
-      prefill: (params, tokens [B, T] int32, lengths [B] int32, cache_length) -> (logits [B, V] after each row's last
-        token, cache). Rows are padded on the right; what lies past `lengths` must not matter.
-      step: (params, cache, tokens [B] int32, positions [B] int32) -> (logits [B, V], cache). Feeds one token a row.
+      empty: (slots B, length S) -> a cache for B texts of up to S tokens.
+      prefill: (params, cache, prompts) -> (logits [G, P, V] float32 behind each prompt, cache). Slots that have no
+        prompt among these stay as they are; of the others, what lies behind the prompt must not matter.
+      step: (params, cache, tokens [B] int32, positions [B] int32) -> (logits [B, V] float32, cache). Feeds one token a
+        slot, to be seen by those after it.
     """
 
-    prefill: Callable[[Params, Array, Array, int], tuple[Array, Any]]
+    empty: Callable[[int, int], Any]
+    prefill: Callable[[Params, Any, Prompts], tuple[Array, Any]]
     step: Callable[[Params, Any, Array, Array], tuple[Array, Any]]
 
 

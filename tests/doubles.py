@@ -5,6 +5,7 @@ swapped or a stale cache slot changes its logits. All its numbers are small inte
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.scoring.matrices import causal_rows
 from sami_jax.scoring.packed_rows import Packing, RowLimits, pack_rows
 from sami_jax.scoring.reference import reference_hidden
-from sami_jax.types import Array, ContrastiveRows, DecodeFn, Params, Reference, RowModel, Rows
+from sami_jax.types import Array, ContrastiveRows, DecodeFn, Params, Prompts, Reference, RowModel, Rows
 
 
 def table_params(vocab: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,23 +53,41 @@ def head(params: Params) -> Array:
 MODEL = RowModel(hidden, head)
 
 
-def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, Array]:
-    """The cache holds the token of every slot [B, S], padding included, as a decoder's holds its keys."""
-    cache = jnp.zeros((tokens.shape[0], cache_length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
-    return _logits(params, cache, lengths - 1), cache
+def empty(slots: int, length: int) -> Array:
+    """The cache holds the token of every place of every slot [B, S], as a decoder's holds its keys."""
+    return jnp.zeros((slots, length), jnp.int32)
+
+
+def prefill(params: Params, cache: Array, prompts: Prompts) -> tuple[Array, Array]:
+    parts = len(prompts.last)
+    shared = cache.reshape(parts, -1, cache.shape[1])
+    part = jnp.arange(parts)[:, None]
+    shared = shared.at[part, prompts.slots, prompts.rows.positions].set(prompts.rows.tokens, mode="drop")
+    logits = jnp.take_along_axis(hidden(params, prompts.rows), prompts.last[:, :, None], axis=1)
+    return logits, shared.reshape(cache.shape)
 
 
 def step(params: Params, cache: Array, tokens: Array, positions: Array) -> tuple[Array, Array]:
     cache = cache.at[jnp.arange(cache.shape[0]), positions].set(tokens)
-    return _logits(params, cache, positions), cache
-
-
-def _logits(params: Params, cache: Array, positions: Array) -> Array:
     logits = hidden(params, causal_rows(cache))
-    return jnp.take_along_axis(logits, positions[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(logits, positions[:, None, None], axis=1)[:, 0], cache
 
 
-DECODE = DecodeFn(prefill, step)
+def own_rows(tokens: Array, lengths: Array) -> Prompts:
+    """Prompts [B, W], padded on the right, each in a row and a slot of its own."""
+    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    rows = Rows(tokens, positions, jnp.full_like(tokens, tokens.shape[1]))
+    return Prompts(rows, (positions >= lengths[:, None]).astype(jnp.int32), (lengths - 1)[:, None])
+
+
+def prefilled(decode: DecodeFn, params: Params, tokens: Array, lengths: Array, length: int) -> tuple[Array, Any]:
+    """Logits [B, V] behind such prompts, and a cache for texts of up to `length` tokens."""
+    logits, cache = decode.prefill(params, decode.empty(len(tokens), length), own_rows(tokens, lengths))
+    return logits[:, 0], cache
+
+
+DECODE = DecodeFn(empty, prefill, step)
 
 
 def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:

@@ -21,15 +21,18 @@ def rungs(config: DecoderConfig, params: Params, *, tokens: int) -> dict[str, Ca
     def positions(x: Array) -> Array:
         return jnp.broadcast_to(jnp.arange(tokens)[None], (x.shape[0], tokens))
 
-    def seen(x: Array) -> Array:
-        return decoder.back_end.prepare(positions(x), jnp.full((x.shape[0], tokens), tokens), config.sliding_window)
+    def mix(*qkv: Array) -> tuple[Array, None]:
+        rows = len(qkv[0])
+        at = jnp.broadcast_to(jnp.arange(tokens)[None], (rows, tokens))
+        seen = decoder.back_end.prepare(at, jnp.full((rows, tokens), tokens), config.sliding_window)
+        return decoder.back_end.attend(*qkv, seen), None
 
     for layer in range(config.n_layers):
         block = nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], stacked))
         parts = {
-            "": lambda x, block=block: block(x, positions(x), seen(x))[0],
+            "": lambda x, block=block: block(x, positions(x), mix)[0],
             ".input_layernorm": lambda x, block=block: rms_norm(x, block.attention_norm[...], eps=config.norm_eps),
-            ".self_attn": lambda x, block=block: block.attention(x, positions(x), seen(x))[0],
+            ".self_attn": lambda x, block=block: block.attention(x, positions(x), mix)[0],
             ".post_attention_layernorm": lambda x, block=block: rms_norm(x, block.mlp_norm[...], eps=config.norm_eps),
             ".mlp": block.mlp,
         }

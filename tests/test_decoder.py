@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import doubles
 from sami_jax.model.decoder import abstract_params, init_params, make_model
 from sami_jax.scoring import matrices
 from sami_jax.sharding import RULES
@@ -47,7 +48,7 @@ def test_prefill_and_steps_give_the_logits_of_score_at_every_position(name):
     lengths = jnp.array(LENGTHS)
     # Beyond a row's prompt stands rubbish, as a batch of ragged prompts has it.
     prompts = jnp.where(jnp.arange(8)[None] < lengths[:, None], tokens[:, :8], 60)
-    logits, cache = model.decode.prefill(params, prompts, lengths, 14)
+    logits, cache = doubles.prefilled(model.decode, params, prompts, lengths, 14)
     step = jax.jit(model.decode.step)
     for count in range(7):
         assert_close(logits, expected[np.arange(3), np.array(LENGTHS) + count - 1])
@@ -101,9 +102,9 @@ def test_padding_past_a_prompt_changes_nothing_when_decoding(filler):
     model, params = make_model(config), random_params(config)
     row = tokens_of(1, 4)
     lengths, token = jnp.array([4]), jnp.array([9])
-    exact, exact_cache = model.decode.prefill(params, row, lengths, 8)
+    exact, exact_cache = doubles.prefilled(model.decode, params, row, lengths, 8)
     padded = jnp.concatenate([row, jnp.full((1, 3), filler, jnp.int32)], axis=1)
-    logits, cache = model.decode.prefill(params, padded, lengths, 8)
+    logits, cache = doubles.prefilled(model.decode, params, padded, lengths, 8)
     assert_close(logits, exact)
     assert_close(
         model.decode.step(params, cache, token, lengths)[0], model.decode.step(params, exact_cache, token, lengths)[0]
@@ -194,7 +195,7 @@ class TestBfloat16Compute:
     def test_the_cache_is_bfloat16(self):
         config = tiny_config()
         model = make_model(config, dtype="bfloat16")
-        logits, cache = model.decode.prefill(random_params(config), tokens_of(2, 4), jnp.array([4, 3]), 8)
+        logits, cache = doubles.prefilled(model.decode, random_params(config), tokens_of(2, 4), jnp.array([4, 3]), 8)
         assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
         assert logits.dtype == jnp.float32
 

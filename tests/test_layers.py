@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sami_jax.model.attention import attend, causal_mask
+from sami_jax.model.attention import attend
+from sami_jax.model.cache import KVCache, attend_behind
 from sami_jax.model.decoder import Block
-from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, rope_frequencies, rotate
+from sami_jax.model.layers import MLP, Attention, rms_norm, rope_frequencies, rotate
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from tiny_models import tiny_config
 
@@ -96,20 +97,6 @@ class TestRotate:
         assert float(jnp.abs(a - b).max()) > 0.1
 
 
-class TestCausalMask:
-    def test_by_hand(self):
-        positions = jnp.arange(4)[None]
-        full = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-        # A window of 2 is oneself and the token before.
-        windowed = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-        np.testing.assert_array_equal(causal_mask(positions, keys=4, window=None)[0], np.array(full, bool))
-        np.testing.assert_array_equal(causal_mask(positions, keys=4, window=2)[0], np.array(windowed, bool))
-
-    def test_rows_have_positions_of_their_own(self):
-        mask = causal_mask(jnp.array([[2], [5]]), keys=7, window=3)
-        np.testing.assert_array_equal(mask[:, 0], [[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]])
-
-
 def np_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """One query of one head of one row at a time."""
     out = np.zeros(queries.shape)
@@ -141,6 +128,33 @@ class TestAttention:
         np.testing.assert_array_equal(after[:, :2], before[:, :2])
 
 
+class TestAttentionBehindACache:
+    @pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, 3), (6, None)])
+    def test_is_the_rule_with_each_slots_own_past(self, kv_heads, window):
+        queries, keys, values = normal(3, 6, 8), normal(3, kv_heads, 7, 8), normal(3, kv_heads, 7, 8, seed=1)
+        positions = np.array([0, 4, 6], np.int32)
+        actual = attend_behind(*map(jnp.asarray, (queries, keys, values, positions)), window=window)
+        back = positions[:, None] - np.arange(7)
+        mask = (back >= 0) & (back < (window or 7))
+        expected = np_attention(queries[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
+        assert_close(actual, expected[:, 0])
+
+    def test_tokens_are_written_at_their_positions_of_their_parts_slots(self):
+        layers, slots, places = 2, 4, 5
+        cache = KVCache(*(jnp.full((layers, slots, 2, places, 3), 7.0) for _ in range(2)))
+        keys, values = normal(2, 3, 2, 3), normal(2, 3, 2, 3, seed=1)
+        # Two parts of two slots; the last token of the first part, and the first of the second, belong to no slot.
+        own = jnp.array([[0, 1, 2], [2, 1, 1]])
+        at = jnp.array([[4, 0, 1], [0, 2, 3]])
+        written = cache.written(jnp.asarray(1), own, at, jnp.asarray(keys), jnp.asarray(values))
+        for now, new in zip(written, (keys, values), strict=True):
+            expected = np.full(now.shape, 7.0, np.float32)
+            for part, token, slot, place in ((0, 0, 0, 4), (0, 1, 1, 0), (1, 1, 3, 2), (1, 2, 3, 3)):
+                expected[1, slot, :, place] = new[part, token]
+            np.testing.assert_array_equal(now, expected)
+        np.testing.assert_array_equal(written.of_layer(jnp.asarray(1))[0], written.keys[1])
+
+
 def first_layer(module: nnx.Module) -> nnx.Module:
     graph, state = nnx.split(module)
     return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
@@ -165,30 +179,25 @@ class TestModules:
         )
         back = positions[:, :, None] - positions[:, None, :]
         mixed = np_attention(queries, keys, np.tensordot(x, value, 1), (back >= 0) & (back < 2))
-        seen = module.back_end.prepare(jnp.asarray(positions), jnp.full((2, 5), 5), 2)
-        actual, cache = module(jnp.asarray(x), jnp.asarray(positions), seen)
-        assert cache is None
-        assert_close(actual, np.tensordot(mixed, out, 2))
+        kept = []
 
-    def test_cache_holds_rotated_keys_at_their_positions(self):
-        config = tiny_config()
-        module = first_layer(Attention(config, nnx.Rngs(0)))
-        x = jnp.asarray(normal(2, 1, 24))
-        positions = jnp.array([[3], [1]])
-        empty = LayerCache(*(jnp.full((2, 5, 2, 10), 7.0) for _ in range(2)))
-        _, cache = module(x, positions, empty)
-        keys = rotate(jnp.einsum("btd,dkh->btkh", x, module.key[...]), positions, frequencies_of(config))
-        for row, slot in ((0, 3), (1, 1)):
-            assert_close(cache.keys[row, slot], keys[row, 0])
-            untouched = np.delete(np.arange(5), slot)
-            np.testing.assert_array_equal(cache.keys[row, untouched], 7.0)
-            np.testing.assert_array_equal(cache.values[row, untouched], 7.0)
+        def mix(*qkv: jax.Array) -> tuple[jax.Array, int]:
+            kept.extend(qkv)
+            return attend(*qkv, jnp.asarray((back >= 0) & (back < 2))), 5
+
+        actual, what = module(jnp.asarray(x), jnp.asarray(positions), mix)
+        assert what == 5
+        assert_close(kept[1], keys)
+        assert_close(actual, np.tensordot(mixed, out, 2))
 
     def test_block_adds_both_branches_to_the_stream(self):
         config = tiny_config()
         block = first_layer(Block(config, nnx.Rngs(0)))
         x, positions = jnp.asarray(normal(1, 4, 24)), jnp.arange(4)[None]
-        seen = block.attention.back_end.prepare(positions, jnp.full((1, 4), 4), None)
-        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, seen)[0]
+
+        def mix(*qkv: jax.Array) -> tuple[jax.Array, None]:
+            return attend(*qkv, jnp.tril(jnp.ones((1, 4, 4), bool))), None
+
+        middle = x + block.attention(rms_norm(x, block.attention_norm[...], eps=1e-5), positions, mix)[0]
         expected = middle + block.mlp(rms_norm(middle, block.mlp_norm[...], eps=1e-5))
-        assert_close(block(x, positions, seen)[0], expected)
+        assert_close(block(x, positions, mix)[0], expected)

@@ -109,7 +109,7 @@ def test_logits(golden):
     np.testing.assert_allclose(logits, golden.says["logits"], rtol=0, atol=1e-4)
     # The same by prefill and steps, from where each row's prompt ends.
     lengths = jnp.array([12, 3])
-    decoded, cache = golden.model.decode.prefill(golden.params, tokens[:, :12], lengths, 20)
+    decoded, cache = doubles.prefilled(golden.model.decode, golden.params, tokens[:, :12], lengths, 20)
     step = jax.jit(golden.model.decode.step)
     rows = np.arange(2)
     for count in range(8):

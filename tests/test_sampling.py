@@ -11,7 +11,6 @@ import doubles
 from sami_jax.data.prompts import Prompt
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sampling import Stops, cut_response, greedy, make_stops, sample_responses
-from sami_jax.types import DecodeFn
 
 VOCAB = 13
 # Ties among integer logits would be settled alike by numpy and jax (the lower id), so no seed has to avoid them.
@@ -92,7 +91,7 @@ class TestGreedy:
         np.testing.assert_array_equal(samples.tokens, [[4, 4]])
 
     def test_one_trace_serves_all_prompts_of_one_shape(self):
-        decode = DecodeFn(chex.assert_max_traces(doubles.prefill, n=1), doubles.step)
+        decode = doubles.DECODE._replace(prefill=chex.assert_max_traces(doubles.prefill, n=1))
         sampled_rows(PROMPTS, decode=decode)
         sampled_rows(PROMPTS[::-1], np.arange(VOCAB) == 2, pad=3, decode=decode)
 

@@ -62,14 +62,6 @@ def visible(positions: Array, ends: Array, *, window: int | None, first: int = 0
     return mask
 
 
-def causal_mask(positions: Array, *, keys: int, window: int | None) -> Array:
-    """[B, T, S] bool for queries at `positions` [B, T] and a cache of S = `keys` slots, where slot s holds position s:
-    True where a key is not after the query and, with a window, fewer than `window` tokens back."""
-    distance = positions[:, :, None] - jnp.arange(keys)[None, None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
 def attend(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
     """Grouped-query softmax attention, scores in float32.
 

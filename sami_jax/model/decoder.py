@@ -11,12 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sami_jax.model.attention import BLOCKED, DENSE, BackEnd
-from sami_jax.model.layers import MLP, Attention, LayerCache, rms_norm, scale, weight
+from sami_jax.model.cache import KVCache, attend_behind
+from sami_jax.model.layers import MLP, Attention, Mix, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring.head import default_chunk
-from sami_jax.sharding import axes_sharding, batch_sharding, param_shardings
-from sami_jax.types import Array, DecodeFn, Dtype, Params, Remat, RowModel, Rows
+from sami_jax.sharding import axes_sharding, batch_sharding, cache_sharding, param_shardings
+from sami_jax.types import Array, DecodeFn, Dtype, Params, Prompts, Remat, RowModel, Rows
 
 _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
@@ -28,19 +29,19 @@ _REMAT: dict[Remat, Callable[[Callable], Callable]] = {
 class Block(nnx.Module):
     """Pre-norm residual attention, then pre-norm residual MLP or experts."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd = DENSE, mesh: Mesh | None = None):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, mesh: Mesh | None = None):
         self.config = config
         self.attention_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
-        self.attention = Attention(config, rngs, back_end=back_end)
+        self.attention = Attention(config, rngs)
         self.mlp_norm = scale((config.n_layers, config.embed_dim), ("layers", "features"))
         self.mlp = MLP(config, rngs) if config.n_experts is None else Experts(config, rngs, mesh=mesh)
 
-    def __call__(self, x: Array, positions: Array, seen: Any | LayerCache) -> tuple[Array, LayerCache | None]:
-        """See `Attention`, for x, positions and what is seen."""
+    def __call__(self, x: Array, positions: Array, mix: Mix) -> tuple[Array, Any]:
+        """See `Attention`."""
         eps = self.config.norm_eps
-        mixed, cache = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, seen)
+        mixed, kept = self.attention(rms_norm(x, self.attention_norm[...], eps=eps), positions, mix)
         x = x + mixed
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), cache
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps=eps)), kept
 
 
 class Decoder(nnx.Module):
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
     ):
         self.config, self.back_end, self.mesh, self.dtype = config, back_end, mesh, dtype
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        self.blocks = Block(config, rngs, back_end=back_end, mesh=mesh)
+        self.blocks = Block(config, rngs, mesh=mesh)
         self.final_norm = scale((config.embed_dim,), ("features",))
         if not config.tied_embeddings:
             self.head = weight(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"))
@@ -69,36 +70,57 @@ class Decoder(nnx.Module):
         """[N, S, D] final hidden states, normed; `remat`: what of each block the backward pass recomputes."""
         chex.assert_rank(rows, 2)
         graph, stacked = nnx.split(self.blocks)
-        seen = self.back_end.prepare(rows.positions, rows.ends, self.config.sliding_window)
+        among = self._among(rows)
 
         def block(x: Array, params: nnx.State) -> tuple[Array, None]:
-            return self._split(nnx.merge(graph, params)(x, rows.positions, seen)[0]), None
+            mixed, _ = nnx.merge(graph, params)(x, rows.positions, lambda *qkv: (among(*qkv), None))
+            return self._split(mixed), None
 
         x, _ = jax.lax.scan(_REMAT[remat](block), self._embed(rows.tokens), stacked)
         return self._norm(x)
 
-    def decoded(self, tokens: Array, positions: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        """Final hidden states of tokens behind those in a cache.
+    def prefilled(self, prompts: Prompts, cache: KVCache) -> tuple[Array, KVCache]:
+        """[G, P, D] final hidden states, normed, behind each prompt, and the cache with them."""
+        rows, among = prompts.rows, self._among(prompts.rows)
 
-        Args:
-          tokens: [B, T] int32.
-          positions: [B, T] int32, increasing along T; a token sees the tokens at positions up to its own.
-          cache: [L, B, S, K, H] keys and values to read and extend.
+        def mix(cache: KVCache, layer: Array, *qkv: Array) -> tuple[Array, KVCache]:
+            return among(*qkv), cache.written(layer, prompts.slots, rows.positions, *qkv[1:])
 
-        Returns:
-          [B, T, D] normed, and the extended cache.
+        x, cache = self._cached(self._embed(rows.tokens), rows.positions, cache, mix)
+        return self._norm(jnp.take_along_axis(x, prompts.last[:, :, None], axis=1)), cache
+
+    def decoded(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """[B, D] final hidden states, normed, of tokens [B] at positions [B] behind those in a cache, and the cache."""
+        chex.assert_rank([tokens, positions], 1)
+        own = jnp.zeros_like(tokens)[:, None]  # each slot is a part of its own, with one slot
+
+        def mix(cache: KVCache, layer: Array, queries: Array, *new: Array) -> tuple[Array, KVCache]:
+            cache = cache.written(layer, own, positions[:, None], *new)
+            window = self.config.sliding_window
+            mixed = attend_behind(queries[:, 0], *cache.of_layer(layer), positions, window=window)
+            return mixed[:, None], cache
+
+        x, cache = self._cached(self._embed(tokens)[:, None], positions[:, None], cache, mix)
+        return self._norm(x[:, 0]), cache
+
+    def _among(self, rows: Rows) -> Callable[[Array, Array, Array], Array]:
+        seen = self.back_end.prepare(rows.positions, rows.ends, self.config.sliding_window)
+        return lambda queries, keys, values: self.back_end.attend(queries, keys, values, seen)
+
+    def _cached(self, x: Array, positions: Array, cache: KVCache, mix: Callable) -> tuple[Array, KVCache]:
+        """Runs the blocks with a `mix` that also takes cache and layer first, and gives the cache back.
+
+        The cache is carried from layer to layer, where each is written in place; scanned over, it would be copied.
         """
-        chex.assert_rank([tokens, positions], 2)
         graph, stacked = nnx.split(self.blocks)
 
-        def block(x: Array, layer: tuple[nnx.State, LayerCache]) -> tuple[Array, LayerCache]:
-            params, before = layer
-            x, after = nnx.merge(graph, params)(x, positions, before)
-            assert after is not None
-            return self._split(x), after
+        def block(carry: tuple[Array, KVCache], layer: tuple[Array, nnx.State]) -> tuple[tuple[Array, KVCache], None]:
+            (x, cache), (number, params) = carry, layer
+            x, cache = nnx.merge(graph, params)(x, positions, functools.partial(mix, cache, number))
+            return (self._split(x), cache), None
 
-        x, cache = jax.lax.scan(block, self._embed(tokens), (stacked, cache))
-        return self._norm(x), cache
+        (x, cache), _ = jax.lax.scan(block, (x, cache), (jnp.arange(self.config.n_layers), stacked))
+        return x, cache
 
     def _embed(self, tokens: Array) -> Array:
         return self._split(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
@@ -208,24 +230,23 @@ def make_model(
     def head(params: Params) -> Array:
         return nnx.merge(graph, params).head_weight()
 
-    @exactly
-    def prefill(params: Params, tokens: Array, lengths: Array, cache_length: int) -> tuple[Array, LayerCache]:
-        decoder = nnx.merge(graph, params)
-        rows, width = tokens.shape
-        shape = (config.n_layers, rows, cache_length, config.n_kv_heads, config.head_dim)
-        empty = LayerCache(*(jnp.zeros(shape, dtype) for _ in range(2)))
-        positions = jnp.broadcast_to(jnp.arange(width)[None, :], tokens.shape)
-        # Padding sits in slots past a row's length; the row's own tokens overwrite it before any query sees it.
-        hidden, cache = decoder.decoded(tokens, positions, empty)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return decoder.logits(last), cache
+    def empty(slots: int, length: int) -> KVCache:
+        shape = (config.n_layers, slots, config.n_kv_heads, length, config.head_dim)
+        where = None if mesh is None else cache_sharding(mesh)
+        return KVCache(*(jnp.zeros(shape, dtype, device=where) for _ in range(2)))
 
     @exactly
-    def step(params: Params, cache: LayerCache, tokens: Array, positions: Array) -> tuple[Array, LayerCache]:
+    def prefill(params: Params, cache: KVCache, prompts: Prompts) -> tuple[Array, KVCache]:
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.decoded(tokens[:, None], positions[:, None], cache)
-        return decoder.logits(hidden[:, 0]), cache
+        hidden, cache = decoder.prefilled(prompts, cache)
+        return decoder.logits(hidden), cache
+
+    @exactly
+    def step(params: Params, cache: KVCache, tokens: Array, positions: Array) -> tuple[Array, KVCache]:
+        decoder = nnx.merge(graph, params)
+        hidden, cache = decoder.decoded(tokens, positions, cache)
+        return decoder.logits(hidden), cache
 
     whole = None if mesh is None else axes_sharding(mesh, ("embed", "vocab"))
     rows = RowModel(hidden, head, head_chunk or default_chunk(config.vocab_size, config.embed_dim, platform), whole)
-    return Model(config, chosen, rows, DecodeFn(prefill, step))
+    return Model(config, chosen, rows, DecodeFn(empty, prefill, step))

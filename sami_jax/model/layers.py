@@ -1,12 +1,13 @@
 """The layers of a Llama / Mistral / Mixtral decoder, as functions of one layer's weights.
 
-Axes: B rows, T tokens, S cache slots, D embed, N heads, K key/value heads, H head dim, F mlp, E experts,
+Axes: B rows, T tokens, D embed, N heads, K key/value heads, H head dim, F mlp, E experts,
 L layers. Parameters are born stacked on a leading L axis, and every one names its logical axes, which `sharding` maps
 to a mesh. The decoder scans over L, so the code below sees one layer's slice.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -14,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sami_jax.model.attention import DENSE, BackEnd, attend, causal_mask
 from sami_jax.model.shape import DecoderConfig, RopeScaling
 from sami_jax.types import Array
+
+# (queries [B, T, N, H], keys [B, T, K, H], values [B, T, K, H], all rotated that are to be) -> mixed [B, T, N, H], and
+# what there is to keep of them.
+Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 _INIT_STDDEV = 0.02  # Mistral's and Llama's initializer_range
 
@@ -29,18 +33,6 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 def scale(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A float32 parameter of ones that knows its logical axes."""
     return nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=axes)
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer (or, with a leading L, of all); slot s holds the token at position s.
-
-    Attributes:
-      keys: [B, S, K, H], rotated.
-      values: [B, S, K, H].
-    """
-
-    keys: Array
-    values: Array
 
 
 def project(x: Array, weight: Array, *, axes: int = 1) -> Array:
@@ -104,11 +96,10 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 
 
 class Attention(nnx.Module):
-    """Self-attention with rotary positions, among the tokens of rows or behind those in a cache."""
+    """Self-attention with rotary positions."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, back_end: BackEnd = DENSE):
-        c = config
-        self.config, self.back_end = config, back_end
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        c = self.config = config
         heads = (c.n_layers, c.embed_dim, c.n_heads, c.head_dim)
         kv_heads = (c.n_layers, c.embed_dim, c.n_kv_heads, c.head_dim)
         self.query = weight(rngs, heads, ("layers", "embed", "heads", "head_dim"))
@@ -117,30 +108,23 @@ class Attention(nnx.Module):
         out = (c.n_layers, c.n_heads, c.head_dim, c.embed_dim)
         self.out = weight(rngs, out, ("layers", "heads", "head_dim", "embed"))
 
-    def __call__(self, x: Array, positions: Array, seen: Any | LayerCache) -> tuple[Array, LayerCache | None]:
+    def __call__(self, x: Array, positions: Array, mix: Mix) -> tuple[Array, Any]:
         """Mixes tokens.
 
         Args:
           x: [B, T, D].
           positions: [B, T] int32.
-          seen: what the back-end prepared of rows, or the cache of the tokens before.
+          mix: who sees whom.
 
         Returns:
-          [B, T, D], and the cache, where there is one, with these tokens written at their positions.
+          [B, T, D], and what `mix` keeps.
         """
         c = self.config
         frequencies = rope_frequencies(c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
         queries = rotate(project(x, self.query[...]), positions, frequencies)
         keys = rotate(project(x, self.key[...]), positions, frequencies)
-        values = project(x, self.value[...])
-        cache = None
-        if isinstance(seen, LayerCache):
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = LayerCache(seen.keys.at[rows, positions].set(keys), seen.values.at[rows, positions].set(values))
-            mixed = attend(queries, *cache, causal_mask(positions, keys=cache.keys.shape[1], window=c.sliding_window))
-        else:
-            mixed = self.back_end.attend(queries, keys, values, seen)
-        return project(mixed, self.out[...], axes=2), cache
+        mixed, kept = mix(queries, keys, project(x, self.value[...]))
+        return project(mixed, self.out[...], axes=2), kept
 
 
 class MLP(nnx.Module):
