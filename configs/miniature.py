@@ -40,7 +40,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         }
     )
     config.prompts = ml_collections.ConfigDict({"generation": _PROMPT, "training": _PROMPT})
-    config.sampling = ml_collections.ConfigDict({"max_new_tokens": 40, "stop": ("\n",), "chunk_queries": 64})
+    config.sampling = ml_collections.ConfigDict(
+        {"max_new_tokens": 40, "stop": ("\n",), "slots": 64, "shard_queries": 64, "prefill_tokens": 512}
+    )
     config.train.steps = (8, 16, 24)
     config.train.queries_per_step = 64
     config.train.rows_per_device = 16
@@ -54,7 +56,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "smoke":
         config.iterations = 2
         config.queries.evaluation_count = 8
-        config.sampling.chunk_queries = 8
+        config.sampling.shard_queries = 8
         config.train.steps = (1, 1)
         config.train.queries_per_step = 4
         config.train.rows_per_device = 4

@@ -22,6 +22,7 @@ from sami_jax.scoring.packed_rows import Packing, pack_rows
 from sami_jax.sharding import (
     axes_sharding,
     batch_sharding,
+    batch_shards,
     cache_sharding,
     make_mesh,
     micro_batch_sharding,
@@ -129,15 +130,16 @@ def compile_programs(
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
         yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packing))
     params = sharded_params(shape, mesh, config.compute_dtype)
-    asked = shared_rows(config.sampling.chunk_queries * count, mesh)
+    asked, parts = shared_rows(config.sampling.slots, mesh), batch_shards(mesh)
     split = batch_sharding(mesh).spec
     cache = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=cache_sharding(mesh)),
         jax.eval_shape(lambda: model.decode.empty(asked, prompt_tokens + config.sampling.max_new_tokens)),
     )
     if "prefill" in names:
-        tokens = array(split, jnp.int32, asked, prompt_tokens)
-        prompts = Prompts(Rows(tokens, tokens, tokens), tokens, array(split, jnp.int32, asked, 1))
+        row = max(prompt_tokens, config.sampling.prefill_tokens)
+        tokens, most = array(split, jnp.int32, parts, row), max(1, min(asked // parts, row // prompt_tokens))
+        prompts = Prompts(Rows(tokens, tokens, tokens), tokens, array(split, jnp.int32, parts, most))
         prefill = jax.jit(model.decode.prefill, donate_argnums=1)
         yield _compile("prefill", mesh, prefill, params, cache, prompts)
     if "decode step" in names:

@@ -30,8 +30,8 @@ class Progress:
         """Begins anew, with a total that is known by now, of which `done` units were done before."""
         self.total, self._first, self.started = total, done, time.monotonic()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Says that `done` of `total` units are done."""
+    def update(self, done: int, note: str = "", ahead: float = 0.0) -> None:
+        """Says that `done` of `total` units are done, and about `ahead` more as good as done, which tells the ETA."""
         now = time.monotonic()
         last, terminal = done >= self.total, sys.stderr.isatty()
         if not is_writer():
@@ -39,11 +39,15 @@ class Progress:
         if not last and now - self._last_print < (0.2 if terminal else self._log_every_s):
             return
         self._last_print = now
-        worked, elapsed = done - self._first, now - self.started
+        worked, elapsed = done + ahead - self._first, now - self.started
         if last:
             when = f"took {_duration(elapsed)}"
         else:
-            when = f"ETA {_duration(elapsed / worked * (self.total - done))}" if worked > 0 else "ETA unknown"
+            when = (
+                f"ETA {_duration(elapsed / worked * max(0, self.total - done - ahead))}"
+                if worked > 0
+                else "ETA unknown"
+            )
         parts = [f"{self.title} {done}/{self.total} {self.unit}".rstrip(), note, when]
         line = ", ".join(part for part in parts if part)
         sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if last else "") if terminal else line + "\n")

@@ -1,13 +1,17 @@
-"""Prompts to responses with a loaded model: checked, and sampled in batches."""
+"""Prompts to responses with a loaded model: checked, and sampled in slots."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from sami_jax.config.sampling import SamplingConfig
 from sami_jax.data.prompts import Prompt
 from sami_jax.errors import BadDataError
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
-from sami_jax.sampling import Response, make_stops, sample_responses
-from sami_jax.sharding import batch_sharding, shared_rows
+from sami_jax.sampling.choosing import Choosing
+from sami_jax.sampling.slots import Request, Room, Sampler, Spent
+from sami_jax.sampling.stop_text import Response, Stops
+from sami_jax.sharding import batch_sharding, batch_shards, replicated, shared_rows
 
 
 def check_prompts(opened: OpenModel, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
@@ -37,31 +41,45 @@ def prompt_problem(
     return ""
 
 
-def respond(loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, *, rows: int) -> list[Response]:
-    """Greedy responses to prompts, in batches of `rows`, or as many more as the mesh can share evenly.
+def respond(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    *,
+    progressed: Callable[[Spent], None] = lambda spent: None,
+) -> list[Response]:
+    """Responses to prompts, in order; `progressed` hears of those that have ended.
 
     Raises:
       BadDataError: as `check_prompts` does.
     """
     check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
-    stops = make_stops(
+    sampler = Sampler(
+        loaded.model.decode,
+        loaded.params,
         loaded.tokenizer,
-        end_ids=loaded.end_ids,
-        markers=config.stop,
+        stops=Stops(frozenset(loaded.end_ids), config.stop),
+        choosing=Choosing(),
+        max_new_tokens=config.max_new_tokens,
         vocab_size=loaded.model.config.vocab_size,
+        room=room_for(loaded, [len(prompt.ids) for prompt in prompts], config),
+        sharding=batch_sharding(loaded.mesh),
+        everywhere=replicated(loaded.mesh),
     )
-    rows = shared_rows(rows, loaded.mesh)
-    responses = []
-    for start in range(0, len(prompts), rows):
-        responses += sample_responses(
-            loaded.model.decode,
-            loaded.params,
-            prompts[start : start + rows],
-            loaded.tokenizer,
-            stops=stops,
-            max_new_tokens=config.max_new_tokens,
-            rows=rows,
-            round_to=config.round_prompt_tokens_to,
-            sharding=batch_sharding(loaded.mesh),
-        )
-    return responses
+    key = np.zeros(2, np.uint32)
+    return sampler.responses([Request(tuple(prompt.ids), prompt.prefix_ids, key) for prompt in prompts], progressed)
+
+
+def room_for(opened: OpenModel, lengths: Sequence[int], config: SamplingConfig) -> Room:
+    """The shapes that prompts of these lengths are answered in: rough ones, so that few are compiled."""
+    parts, multiple = batch_shards(opened.mesh), opened.model.attention.row_multiple
+    longest = _rough(max(lengths), multiple)
+    row = max(longest, min(_rough(config.prefill_tokens, multiple), _rough(-(-sum(lengths) // parts), multiple)))
+    slots = shared_rows(min(config.slots, 1 << (len(lengths) - 1).bit_length()), opened.mesh)
+    return Room(slots, parts, row, longest + config.max_new_tokens, min(config.chunk_steps, config.max_new_tokens))
+
+
+def _rough(tokens: int, multiple: int) -> int:
+    """At least so many tokens: a multiple, and of large sizes only four in every doubling."""
+    unit = max(multiple, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // unit) * unit

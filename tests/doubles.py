@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sami_jax.data.pairs import Pair
 from sami_jax.data.tokenizer import Tokenizer
+from sami_jax.sampling.choosing import Choosing
+from sami_jax.sampling.decoding import Joining, at_rest, go_on, join
 from sami_jax.scoring.matrices import causal_rows
 from sami_jax.scoring.packed_rows import Packing, RowLimits, pack_rows
 from sami_jax.scoring.reference import reference_hidden
@@ -88,6 +90,23 @@ def prefilled(decode: DecodeFn, params: Params, tokens: Array, lengths: Array, l
 
 
 DECODE = DecodeFn(empty, prefill, step)
+
+
+def greedy(decode: DecodeFn, params: Params, prompts: Sequence[Sequence[int]], *, count: int) -> np.ndarray:
+    """[B, count] the likeliest tokens behind each prompt, whatever ends a text."""
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+    lengths = np.array([[len(ids)] for ids in prompts], np.int32)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    slots = at_rest(decode, slots=len(prompts), length=tokens.shape[1] + count, sharding=one)
+    joining = Joining(
+        np.zeros_like(lengths), lengths, np.full_like(lengths, count), np.zeros((*lengths.shape, 2), np.uint32)
+    )
+    slots = join(decode, params, slots, own_rows(tokens, lengths[:, 0]), joining, choosing=Choosing())
+    vocab = jax.eval_shape(decode.step, params, slots.cache, slots.tokens, slots.positions)[0].shape[1]
+    never = np.zeros(vocab, bool)
+    return np.asarray(go_on(decode, params, slots, never, steps=count, choosing=Choosing(), everywhere=one)[0])
 
 
 def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:

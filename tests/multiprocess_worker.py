@@ -177,7 +177,7 @@ def way_through(
     arrays = {"logits": gather(logits)}
     pairs = doubles.random_pairs(QUERIES, vocab=shape.vocab_size, seed=5)
     arrays["matrices"] = matrices(loaded, loaded.params, pairs, Scoring.of(config.train))
-    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in PROMPTS], config.sampling, rows=8)
+    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in PROMPTS], config.sampling)
 
     state = fresh_state(loaded, config.train)
     untrained = fingerprint(state)

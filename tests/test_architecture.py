@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ORDER = PAGE.partition("```layers\n")[2].partition("```")[0].split()
 # The doors: `import sami_jax` and `python -m sami_jax` may know everything; the packages hold no code.
 DOORS = ["", "__main__"]
-PACKAGES = "config data model scoring huggingface chat miniature evaluation stages report run cli".split()
+PACKAGES = "config data model sampling scoring huggingface chat miniature evaluation stages report run cli".split()
 
 # These may know the settings of a whole run; the others are handed a section or a value.
 KNOW_A_RUN = ("config.run", "stages.", "run.", "cli.", "plan", "report.")

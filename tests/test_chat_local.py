@@ -57,7 +57,7 @@ def test_a_random_model_gets_its_chat_template_and_its_tokens_are_counted(tmp_pa
     template = ChatTemplate(loaded.tokenizer)
     spans = [template.spans(question.system, question.user) for question in QUESTIONS]
     prompts = [Prompt("".join(s.text for s in span), tuple(loaded.tokenizer.chat_ids(span))) for span in spans]
-    expected = respond(loaded, prompts, SamplingConfig(max_new_tokens=20, stop=()), rows=3)
+    expected = respond(loaded, prompts, SamplingConfig(max_new_tokens=20, stop=()))
     assert [reply.text for reply in replies] == [response.text for response in expected]
     assert len({reply.text for reply in replies}) == 3
     assert [reply.spent.input_tokens for reply in replies] == [len(prompt.ids) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -538,7 +539,7 @@ def test_a_run_refused_behind_its_first_files_leaves_nothing_and_the_mended_comm
 
 def test_out_of_memory_is_70_with_what_helps_and_no_traceback(model, tmp_path, capsys):
     """2^45 rows are more than any machine addresses."""
-    prompts, pairs = write(tmp_path / "prompts.jsonl", {"prompt": "a"}), write(tmp_path / "pairs.json", entries())
+    pairs = write(tmp_path / "pairs.json", entries())
     huge = 2**45
     given = [f"--model={model}", f"--pairs={pairs}", f"--config.train.rows_per_device={huge}"]
     says = (
@@ -551,6 +552,10 @@ def test_out_of_memory_is_70_with_what_helps_and_no_traceback(model, tmp_path, c
     assert main(["train", *given, *train, f"--out={tmp_path / 'out'}"]) == 70
     message = capsys.readouterr().err
     assert all(part in message for part in says) and "Traceback" not in message and "defect" not in message
-    generate = [f"--model={model}", f"--prompts={prompts}", f"--out={tmp_path / 'o'}"]
-    generate += [f"--config.sampling.round_prompt_tokens_to={huge}", "--config.sampling.max_new_tokens=2"]
-    fails(capsys, 70, "generate", *generate, says=("sampling 1 responses at once (", "lower --rows, now 16"))
+    far = shutil.copytree(model, tmp_path / "far")
+    settings = json.loads((far / "config.json").read_text())
+    (far / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 2**31 - 1}))
+    many = write(tmp_path / "many.jsonl", 16 * '{"prompt": "a"}\n')  # as many as there are slots, of terabytes
+    generate = [f"--model={far}", f"--prompts={many}", f"--out={tmp_path / 'o'}"]
+    generate += [f"--config.sampling.max_new_tokens={2**31 - 1000}"]
+    fails(capsys, 70, "generate", *generate, says=("sampling 16 responses at once (", "lower --rows, now 16"))

@@ -62,7 +62,7 @@ def test_json_is_one_object_and_nothing_else(settings, tmp_path, capsys):
 
 def test_the_examples_are_what_iteration_1_asks_first(settings, tmp_path, capsys):
     settings |= {"filters": {}, "iterations": 1}
-    settings["sampling"] |= {"max_new_tokens": 2, "chunk_queries": 4}
+    settings["sampling"] |= {"max_new_tokens": 2, "shard_queries": 4}
     _, out, _ = shown(settings, tmp_path, capsys, "--json", "--limit=4")
     examples = json.loads(out)["examples"]
     assert main(["run", f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}"]) == 65

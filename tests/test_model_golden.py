@@ -21,7 +21,6 @@ from sami_jax.losses import sami_loss
 from sami_jax.model.decoder import Model, make_model
 from sami_jax.model.layers import rope_frequencies, rotate
 from sami_jax.model.moe import route
-from sami_jax.sampling import greedy
 from sami_jax.scoring.matrices import all_logits, contrastive_logps, score_packed
 from sami_jax.sharding import make_mesh
 from sami_jax.training import init_state, make_optimizer, make_train_step
@@ -120,14 +119,8 @@ def test_logits(golden):
 
 def test_greedy_tokens(golden):
     prompts = [pair.prompt_ids[0] for pair in golden.pairs]
-    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-    for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)] = ids
-    lengths = jnp.asarray([len(ids) for ids in prompts])
-    unstopped = jnp.zeros(golden.model.config.vocab_size, bool)
-    decode = golden.model.decode
-    samples = greedy(decode, golden.params, jnp.asarray(tokens), lengths, unstopped, max_new_tokens=8)
-    np.testing.assert_array_equal(samples.tokens, golden.says["greedy"])
+    tokens = doubles.greedy(golden.model.decode, golden.params, prompts, count=8)
+    np.testing.assert_array_equal(tokens, golden.says["greedy"])
     assert len(set(golden.says["greedy"].ravel())) > 5  # a model that repeats itself would prove little
 
 

@@ -14,7 +14,7 @@ from sami_jax.data.rendering import Renderer
 from sami_jax.data.tasks import Task
 from sami_jax.data.tokenizer import Span, Tokenizer, load_tokenizer
 from sami_jax.errors import BadConfigError, BadDataError
-from sami_jax.sampling import cut_response, make_stops
+from sami_jax.sampling.stop_text import Stops, cut_response
 from tiny_models import KINDS, write_tokenizer
 
 LLAMA = (
@@ -158,18 +158,18 @@ class TestBase:
         whole = tokenizer.response_ids("The post asks.", prompt=prompt.text)
         assert list(prompt.ids[len(plain) :]) == whole[: prompt.prefix_ids]
         emitted = whole[prompt.prefix_ids :]
-        stops = make_stops(tokenizer, end_ids=frozenset({2}), markers=("###",), vocab_size=tokenizer.vocab_size)
+        stops = Stops(frozenset({2}), ("###",))
         prefix = prompt.ids[len(plain) :]
-        response = cut_response([*emitted, 2], tokenizer, stops, stopped=True, prefix=prefix)
+        response = cut_response([*emitted, 2], tokenizer, stops, prefix=prefix)
         assert response.text == "The post asks." and list(response.ids) == emitted
         longer = tokenizer.response_ids("The post asks. ###", prompt=prompt.text)[prompt.prefix_ids :]
-        cut = cut_response(longer, tokenizer, stops, stopped=False, prefix=prefix)
+        cut = cut_response(longer, tokenizer, stops, prefix=prefix)
         assert cut.text == "The post asks." and list(cut.ids) == emitted and cut.finished
         again = tokenizer.response_ids("The post asks. The post", prompt=prompt.text)[prompt.prefix_ids :]
-        inside = make_stops(tokenizer, end_ids=frozenset({2}), markers=("The",), vocab_size=tokenizer.vocab_size)
-        assert cut_response(again, tokenizer, inside, stopped=False, prefix=prefix).text == "The post asks."
+        inside = Stops(frozenset({2}), ("The",))
+        assert cut_response(again, tokenizer, inside, prefix=prefix).text == "The post asks."
         for nothing in ([2], tokenizer.response_ids("###", prompt=prompt.text)):
-            assert cut_response(nothing, tokenizer, stops, stopped=True, prefix=prefix).text == ""
+            assert cut_response(nothing, tokenizer, stops, prefix=prefix).text == ""
         asked = (task.constitutions[0].text, task.query.text)
         assert list(renderer.response_ids(prompt, "The post asks.", *asked)) == emitted
         with pytest.raises(BadDataError, match="does not begin with its prefix 'The post'"):

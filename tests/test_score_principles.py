@@ -37,7 +37,7 @@ def config(tmp_path_factory) -> RunConfig:
     config = tiny_run_config(folder)
     (folder / "principles.json").write_text(json.dumps(PRINCIPLES))
     queries = dataclasses.replace(config.queries, evaluation=config.queries.train, train="", evaluation_count=COUNT)
-    sampling = dataclasses.replace(config.sampling, max_new_tokens=8, chunk_queries=4)
+    sampling = dataclasses.replace(config.sampling, max_new_tokens=8, shard_queries=4)
     return dataclasses.replace(config, queries=queries, sampling=sampling)
 
 

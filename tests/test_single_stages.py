@@ -302,13 +302,13 @@ def test_every_end_token_of_the_folder_ends_a_response(copied, file):
     (copied / "generation_config.json").write_text("{}")
     config = from_dict({"sampling": {"max_new_tokens": 12, "stop": []}})
     prompts = [plain_prompt(load_tokenizer(copied), text) for text in ["The post asks how to make peace.", "x"]]
-    before = respond(load_model(copied, config.mesh, config.compute_dtype), prompts, config.sampling, rows=2)
+    before = respond(load_model(copied, config.mesh, config.compute_dtype), prompts, config.sampling)
     end = before[0].ids[3]
     content = json.loads((copied / file).read_text())
     (copied / file).write_text(json.dumps(content | {"eos_token_id": [2, end]}))
     loaded = load_model(copied, config.mesh, config.compute_dtype)
     assert loaded.end_ids == {2, end}
-    after = respond(loaded, prompts, config.sampling, rows=2)
+    after = respond(loaded, prompts, config.sampling)
     for long, short in zip(before, after, strict=True):
         cut = long.ids.index(end) if end in long.ids else len(long.ids)
         assert short.ids == long.ids[:cut] and short.finished == (cut < len(long.ids))
@@ -348,9 +348,7 @@ def test_rows_that_the_mesh_does_not_divide_are_filled_up(tmp_path):
     found = []
     for mesh in ({"fsdp": 2}, {}):
         run = from_dict({"mesh": mesh, "sampling": {"max_new_tokens": 4, "stop": []}})
-        found.append(
-            respond(load_model(tmp_path / "model", run.mesh, run.compute_dtype), prompts, run.sampling, rows=3)
-        )
+        found.append(respond(load_model(tmp_path / "model", run.mesh, run.compute_dtype), prompts, run.sampling))
     assert found[0] == found[1] and len(found[0]) == 3
 
 
@@ -419,7 +417,7 @@ class TestEvaluate:
             "queries": {"train": str(queries), "evaluation": str(queries), "evaluation_count": 3},
             "constitutions": {"principles": str(tmp_path / "principles.json"), "principles_per_query": 1},
             "prompts": {"generation": template, "training": template},
-            "sampling": {"max_new_tokens": 4, "chunk_queries": 3},
+            "sampling": {"max_new_tokens": 4, "shard_queries": 3},
             "evaluation": {"judge": "none"},
         }
 

@@ -46,7 +46,7 @@ def answers_of(run, iteration: int, records: list[dict]) -> list[list[str]]:
     ]
     loaded = load_model(model_of(run, iteration), config.mesh, config.compute_dtype)
     given = [plain_prompt(loaded.tokenizer, text) for text in prompts]
-    texts = [r.text for r in respond(loaded, given, config.sampling, rows=16)]
+    texts = [r.text for r in respond(loaded, given, config.sampling)]
     return [texts[i : i + 2] for i in range(0, len(texts), 2)]
 
 

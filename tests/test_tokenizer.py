@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import doubles
 from sami_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sami_jax.errors import BadDataError
-from sami_jax.sampling import cut_response, make_stops
+from sami_jax.sampling.stop_text import Stops, cut_response
 from tiny_models import KINDS, write_tokenizer
 
 RESPONSES = (
@@ -137,14 +137,14 @@ def test_token_texts_cover_the_vocabulary(tokenizer):
 @pytest.mark.parametrize("response", RESPONSES[:4])
 def test_a_cut_response_keeps_the_ids_that_were_sampled(tokenizer, response):
     ids = tokenizer.response_ids(response, prompt="Summary:")
-    stops = make_stops(tokenizer, end_ids=frozenset({2}), markers=("Human:", "###"), vocab_size=tokenizer.vocab_size)
-    whole = cut_response([*ids, 2], tokenizer, stops, stopped=True)
+    stops = Stops(frozenset({2}), ("Human:", "###"))
+    whole = cut_response([*ids, 2], tokenizer, stops)
     assert (whole.text, whole.ids, whole.finished) == (response, tuple(ids), True)
     # The marker stands behind white space, so that the cut falls between tokens.
     longer = tokenizer.response_ids(f"{response} ### and more", prompt="Summary:")
-    cut = cut_response(longer, tokenizer, stops, stopped=False)
+    cut = cut_response(longer, tokenizer, stops)
     assert (cut.text, cut.ids, cut.finished) == (response, tuple(ids), True)
-    unfinished = cut_response(ids, tokenizer, stops, stopped=False)
+    unfinished = cut_response(ids, tokenizer, stops)
     assert (unfinished.text, unfinished.ids, unfinished.finished) == (response, tuple(ids), False)
 
 

@@ -38,7 +38,7 @@ def tiny_run_config(folder: pathlib.Path) -> RunConfig:
             "queries": {"train": str(folder / "train.jsonl"), "evaluation": str(folder / "evaluation.jsonl")},
             "constitutions": {"principles": str(folder / "principles.json")},
             "prompts": {"generation": template, "training": template},
-            "sampling": {"max_new_tokens": 24, "stop": [], "chunk_queries": 8, "round_prompt_tokens_to": 64},
+            "sampling": {"max_new_tokens": 24, "stop": [], "slots": 16, "shard_queries": 8, "prefill_tokens": 64},
             # Whatever a random model writes is good enough.
             "filters": {"placeholders": [], "sentence_ends": "".join(map(chr, range(33, 0x800))) + "\ufffd"},
             "train": {

@@ -21,7 +21,7 @@ from sami_jax.huggingface.folder import folder_hash
 from sami_jax.huggingface.hub import model_name
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.responding import prompt_problem, respond
-from sami_jax.sampling import Response
+from sami_jax.sampling.stop_text import Response
 from sami_jax.scoring.matrices import score_packed
 from sami_jax.scoring.packed_rows import RowLimits, pack_rows
 from sami_jax.sharding import batch_shards, more_devices
@@ -83,8 +83,8 @@ class LocalModel:
             f"lower concurrency, now {self._config.concurrency}",
             more_devices(self._opened.mesh),
         ):
-            sampling = SamplingConfig(max_new_tokens=self._config.max_tokens, stop=())
-            responses = iter(respond(self._loaded, free, sampling, rows=len(free)) if free else ())
+            sampling = SamplingConfig(max_new_tokens=self._config.max_tokens, stop=(), slots=self._config.concurrency)
+            responses = iter(respond(self._loaded, free, sampling) if free else ())
             logps = iter(self._choice_logps(closed) if closed else ())
         replies: list[Reply] = []
         for one, question in zip(asked, questions, strict=True):

@@ -20,7 +20,8 @@ def add_generate(commands: Any) -> None:
         (
             "sampling.max_new_tokens",
             "sampling.stop",
-            "sampling.round_prompt_tokens_to",
+            "sampling.chunk_steps",
+            "sampling.prefill_tokens",
             "prompts.style",
             "prompts.generation",
             "prompts.training",
@@ -54,7 +55,12 @@ def add_generate(commands: Any) -> None:
         help="gets the same lines with response, response_ids, finished; OUT.parts/ keeps what is done until it stands",
     )
     parser.add_argument("--config", type=local_name, help="config file for the settings below")
-    parser.add_argument("--rows", type=positive_int, default=16, help="prompts sampled together (default 16)")
+    parser.add_argument(
+        "--rows",
+        type=positive_int,
+        default=16,
+        help="prompts answered at once; one that ends makes room for the next (default 16)",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

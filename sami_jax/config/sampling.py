@@ -11,7 +11,13 @@ class SamplingConfig:
 
     max_new_tokens: int = setting(350, "longest response in tokens", at_least=1)
     stop: tuple[str, ...] = setting(("Human:", "###"), "texts that end a response; what follows is cut")
-    chunk_queries: int = setting(64, "queries sampled together, and lost together when killed", at_least=1)
-    round_prompt_tokens_to: int = setting(
-        32, "pad prompts to a multiple of this (long ones coarser): few shapes compile", at_least=1
+    slots: int = setting(128, "responses that are written at once; one that ends makes room for the next", at_least=1)
+    shard_queries: int = setting(
+        256,
+        "queries whose responses are kept together, and lost together when killed: several times the slots",
+        at_least=1,
+    )
+    chunk_steps: int = setting(16, "tokens that each slot writes between two looks at what has ended", at_least=1)
+    prefill_tokens: int = setting(
+        1024, "tokens of prompts that each device reads at once; more where one prompt is longer", at_least=1
     )

@@ -154,7 +154,7 @@ def generate_file(
       model: a folder, or a name on the Hub.
       prompts: see `stages.generate.read_prompts`.
       out: a file, a device or a pipe.
-      rows: prompts sampled together.
+      rows: prompts answered at once.
       format: of `out`: JSON lines, or the authors' responses, whose rows are returned then.
 
     Raises:

@@ -13,7 +13,7 @@ from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.responding import prompt_problem, respond
 from sami_jax.safe_point import SafePoint
-from sami_jax.sampling import Response
+from sami_jax.sampling.stop_text import Response
 from sami_jax.sharding import batch_shards, more_devices
 from sami_jax.stages.stage import Output
 
@@ -68,7 +68,14 @@ def check_tasks(
 
 
 def answer(
-    loaded: LoadedModel, tasks: Sequence[Task], renderer: Renderer, config: SamplingConfig, *, out: Output, part: str
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    renderer: Renderer,
+    config: SamplingConfig,
+    *,
+    out: Output,
+    part: str,
+    progressed: Callable[[float, str], None],
 ) -> list[list[Response]]:
     """The C responses of each task, kept as a part of a stage.
 
@@ -79,6 +86,7 @@ def answer(
       config: how to sample.
       out: the stage's.
       part: name of the file that keeps them.
+      progressed: hears how many of the tasks are about answered, and how fast.
 
     Raises:
       BadDataError: a prompt does not fit the model, or the part holds other queries.
@@ -86,13 +94,15 @@ def answer(
 
     def sampled() -> list[dict]:
         prompts = [prompt for task in tasks for prompt in renderer.generation(task)]
+        count = len(tasks[0].constitutions)
         with enough_memory(
-            f"sampling {len(prompts)} responses of up to {config.max_new_tokens} tokens at once",
-            f"lower config.sampling.chunk_queries, now {config.chunk_queries}",
+            f"sampling {config.slots} responses of up to {config.max_new_tokens} tokens at once",
+            f"lower config.sampling.slots, now {config.slots}",
             more_devices(loaded.mesh),
         ):
-            count = len(tasks[0].constitutions)
-            flat = respond(loaded, prompts, config, rows=config.chunk_queries * count)
+            flat = respond(
+                loaded, prompts, config, progressed=lambda spent: progressed(spent.done / count, spent.speed)
+            )
         prefix = {"response_prefix": renderer.response_prefix} if renderer.response_prefix else {}
         return [
             {
@@ -120,7 +130,7 @@ def answer_all(
     out: Output,
     folder: str,
     safe_point: SafePoint,
-    answered: Callable[[int], None],
+    answered: Callable[[int, str, float], None],
 ) -> list[list[Response]]:
     """The C answers of every task, without their reasoning: none is dropped, and one that comes to no answer is empty.
 
@@ -132,19 +142,24 @@ def answer_all(
       out: the stage's, which keeps them as parts of `folder`.
       folder: name of it.
       safe_point: called behind each part.
-      answered: hears how many tasks are done.
+      answered: hears how many tasks are done, how fast, and how many more are about answered.
 
     Raises:
       BadDataError: as `answer`.
     """
     answers: list[list[Response]] = []
-    renderer, size = Renderer(templates, loaded.tokenizer), config.chunk_queries
+    renderer, size = Renderer(templates, loaded.tokenizer), config.shard_queries
     for number, start in enumerate(range(0, len(tasks), size)):
+        asked = tasks[start : start + size]
+
+        def progressed(ahead: float, speed: str) -> None:
+            answered(len(answers), speed, ahead)
+
         part = f"{folder}/{number:05d}.jsonl"
-        for responses in answer(loaded, tasks[start : start + size], renderer, config, out=out, part=part):
+        for responses in answer(loaded, asked, renderer, config, out=out, part=part, progressed=progressed):
             found = answers_behind_reasoning(responses, templates)
             answers.append([response or Response("", (), finished=False) for response in found])
-        answered(len(answers))
+        answered(len(answers), "", 0.0)
         safe_point()
     return answers
 

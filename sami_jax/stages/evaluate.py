@@ -26,7 +26,7 @@ from sami_jax.files import write_json
 from sami_jax.huggingface.opened import LoadedModel, load_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
-from sami_jax.sampling import Response
+from sami_jax.sampling.stop_text import Response
 from sami_jax.seeds import generator
 from sami_jax.stages.answers import answer_all, answered_pair
 from sami_jax.stages.score import Scoring, matrices, refuse_nonfinite

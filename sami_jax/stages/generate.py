@@ -1,7 +1,7 @@
 """The stage that answers prompts of the user's own: the lines of a prompts file, each with its response."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ from sami_jax.huggingface.opened import open_model
 from sami_jax.progress import Progress
 from sami_jax.responding import check_prompts, respond
 from sami_jax.safe_point import SafePoint
-from sami_jax.stages.stage import FileStage, Output, Source, settings_but
+from sami_jax.sampling.slots import Spent
+from sami_jax.stages.stage import FileStage, Output, Source
 from sami_jax.types import Dtype
 
 
@@ -33,7 +34,6 @@ class Generate(FileStage):
       templates: of the prompts that are given as a constitution and a question.
       format: of what is written: JSON lines, or the authors' responses.
       sampling: how.
-      rows: prompts sampled together, and kept together.
       compute_dtype: of activations and matmuls.
       mesh: the devices.
     """
@@ -44,8 +44,7 @@ class Generate(FileStage):
     prompts: Source
     templates: PromptsConfig
     format: Literal["jsonl", "authors"]
-    sampling: SamplingConfig = settings_but("chunk_queries")
-    rows: int
+    sampling: SamplingConfig
     compute_dtype: Dtype
     mesh: MeshConfig
 
@@ -53,14 +52,13 @@ class Generate(FileStage):
     def of(
         cls, config: RunConfig, *, model: Source, prompts: Source, rows: int, format: Literal["jsonl", "authors"]
     ) -> "Generate":
-        """The stage with a config's settings."""
+        """The stage with a config's settings; `rows` prompts are answered at once, four times as many kept together."""
         return cls(
             model=model,
             prompts=prompts,
             templates=config.prompts,
             format=format,
-            sampling=config.sampling,
-            rows=rows,
+            sampling=dataclasses.replace(config.sampling, slots=rows, shard_queries=4 * rows),
             compute_dtype=config.compute_dtype,
             mesh=config.mesh,
         )
@@ -75,15 +73,20 @@ class Generate(FileStage):
         check_prompts(opened, prompts, max_new_tokens=self.sampling.max_new_tokens)
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
-        chunks = [range(len(records))[start : start + self.rows] for start in range(0, len(records), self.rows)]
+        size, slots = self.sampling.shard_queries, self.sampling.slots
+        chunks = [range(len(records))[start : start + size] for start in range(0, len(records), size)]
         first = sum(len(chunk) for number, chunk in enumerate(chunks) if out.stands(f"{number:05d}.jsonl"))
         progress = Progress("sampling", len(records), unit="prompts", done=first)
         lines: list[Any] = []
         for number, chunk in enumerate(chunks):
 
-            def sampled(chunk: range = chunk) -> list[Any]:
-                with enough_memory(f"sampling {len(chunk)} responses at once", f"lower --rows, now {self.rows}"):
-                    responses = respond(loaded, [prompts[i] for i in chunk], self.sampling, rows=self.rows)
+            def progressed(spent: Spent, done: int = len(lines)) -> None:
+                progress.update(done, f"{spent.done} more answered, {spent.speed}", spent.done)
+
+            def sampled(chunk: range = chunk, progressed: Callable[[Spent], None] = progressed) -> list[Any]:
+                asked = [prompts[i] for i in chunk]
+                with enough_memory(f"sampling {slots} responses at once", f"lower --rows, now {slots}"):
+                    responses = respond(loaded, asked, self.sampling, progressed=progressed)
                 return [
                     {**records[i], **given[i], "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
                     for i, r in zip(chunk, responses, strict=True)

@@ -22,7 +22,7 @@ from sami_jax.files import write_jsonl
 from sami_jax.huggingface.opened import load_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
-from sami_jax.sampling import Response
+from sami_jax.sampling.stop_text import Response
 from sami_jax.seeds import generator
 from sami_jax.stages.answers import answer, answered_pair, answers_behind_reasoning
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
@@ -99,13 +99,18 @@ class Sample(Stage):
         order = sampling_order(len(queries), seed=self.seed, iteration=self.iteration)
         kept: list[Pair] = []
         rejects: list[dict[str, Any]] = []
-        asked, size = 0, self.sampling.chunk_queries
+        asked, size = 0, self.sampling.shard_queries
         progress = Progress(f"iteration {self.iteration}: sampling", self.needed, unit="pairs")
         for number, start in enumerate(range(0, len(order), size)):
             asked_now = [queries[i] for i in order[start : start + size]]
             tasks = list(sampling_tasks(asked_now, pool, seed=self.seed, iteration=self.iteration))
+
+            def progressed(answered: float, speed: str, asked: int = asked) -> None:
+                note = f"{len(kept)} of {asked} queries kept, {answered:.0f} more answered, {speed}"
+                progress.update(min(len(kept), self.needed), note, answered * len(kept) / asked if asked else answered)
+
             part = f"chunks/{number:05d}.jsonl"
-            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part)
+            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part, progressed=progressed)
             for task, responses in zip(tasks, answers, strict=True):
                 found = answers_behind_reasoning(responses, self.prompts)
                 reason = drop_reason(found, self.filters)

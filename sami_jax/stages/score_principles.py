@@ -101,8 +101,14 @@ class ScorePrinciples(FileStage):
         lines: list[Any] = []
         for number, principle in enumerate(principles):
 
-            def answered(count: int, done: int = number * len(queries), name: str = principle.name) -> None:
-                progress.update(done + count, name)
+            def answered(
+                count: int,
+                speed: str = "",
+                ahead: float = 0.0,
+                done: int = number * len(queries),
+                name: str = principle.name,
+            ) -> None:
+                progress.update(done + count, f"{name}, {speed}" if speed else name, ahead)
 
             answers = {"out": out, "folder": f"{number:03d}", "safe_point": safe_point, "answered": answered}
             scored = functools.partial(self._scored, loaded, principle, tasks[principle.name], answers)

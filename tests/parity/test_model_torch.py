@@ -162,7 +162,7 @@ def test_greedy_text(family, tmp_path):
     model.save_pretrained(tmp_path)
     config = from_dict({"sampling": {"max_new_tokens": 16, "stop": []}})
     loaded = load_model(tmp_path, config.mesh, config.compute_dtype)
-    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in prompts], config.sampling, rows=4)
+    responses = respond(loaded, [plain_prompt(loaded.tokenizer, text) for text in prompts], config.sampling)
     for prompt, response in zip(prompts, responses, strict=True):
         ids = generated(prompt)
         if ids[-1] in (2, end):
