@@ -11,6 +11,7 @@ from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.sampling.choosing import Choosing
 from sami_jax.sampling.slots import Request, Room, Sampler, Spent
 from sami_jax.sampling.stop_text import Response, Stops
+from sami_jax.seeds import key_data
 from sami_jax.sharding import batch_sharding, batch_shards, replicated, shared_rows
 
 
@@ -46,28 +47,43 @@ def respond(
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     *,
+    seed: int = 0,
+    names: Sequence[tuple[str | int, ...]] | None = None,
     progressed: Callable[[Spent], None] = lambda spent: None,
 ) -> list[Response]:
-    """Responses to prompts, in order; `progressed` hears of those that have ended.
+    """Responses to prompts, in order.
+
+    Args:
+      loaded: the model.
+      prompts: what is to be answered.
+      config: how to sample.
+      seed: with a name decides what is drawn for a response, whatever else is sampled. At temperature 0 nothing is.
+      names: one for each prompt; needed above temperature 0.
+      progressed: hears of the responses that have ended.
 
     Raises:
       BadDataError: as `check_prompts` does.
+      ValueError: names are needed.
     """
+    if config.temperature > 0 and names is None:
+        raise ValueError("Responses that are drawn need a name each.")
     check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
     sampler = Sampler(
         loaded.model.decode,
         loaded.params,
         loaded.tokenizer,
         stops=Stops(frozenset(loaded.end_ids), config.stop),
-        choosing=Choosing(),
+        choosing=Choosing(config.temperature, config.top_p, config.min_p),
         max_new_tokens=config.max_new_tokens,
         vocab_size=loaded.model.config.vocab_size,
         room=room_for(loaded, [len(prompt.ids) for prompt in prompts], config),
         sharding=batch_sharding(loaded.mesh),
         everywhere=replicated(loaded.mesh),
     )
-    key = np.zeros(2, np.uint32)
-    return sampler.responses([Request(tuple(prompt.ids), prompt.prefix_ids, key) for prompt in prompts], progressed)
+    none = np.zeros(2, np.uint32)
+    keys = [none] * len(prompts) if names is None else [key_data(seed, *name) for name in names]
+    requests = [Request(tuple(p.ids), p.prefix_ids, key) for p, key in zip(prompts, keys, strict=True)]
+    return sampler.responses(requests, progressed)
 
 
 def room_for(opened: OpenModel, lengths: Sequence[int], config: SamplingConfig) -> Room:

@@ -26,3 +26,8 @@ def number(seed: int, *names: str | int) -> int:
 def jax_key(seed: int, *names: str | int) -> jax.Array:
     """The JAX key of (seed, names), by the same rule."""
     return jax.random.key(int(generator(seed, *names).integers(2**31)), impl="threefry2x32")
+
+
+def key_data(seed: int, *names: str | int) -> np.ndarray:
+    """[2] uint32, the data of a threefry key of (seed, names), for keys that are put together on the host."""
+    return np.array(divmod(number(seed, *names) % 2**64, 2**32), np.uint32)

@@ -376,7 +376,7 @@ def test_no_stage_reads_a_setting_that_its_inputs_lack(config, tmp_path):
     completed_file(ScorePrinciples.of(config, model=base, principles=principles, queries=evaluated))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Post"}\n{"constitution": "1. Be brief.", "question": "Post"}\n')
-    completed_file(Generate.of(config, model=base, prompts=file_source(prompts), rows=2, format="jsonl"))
+    completed_file(Generate.of(config, model=base, prompts=file_source(prompts), rows=2, samples=1, format="jsonl"))
     assert found == NO_INPUTS
 
 

@@ -20,6 +20,10 @@ def add_generate(commands: Any) -> None:
         (
             "sampling.max_new_tokens",
             "sampling.stop",
+            "sampling.temperature",
+            "sampling.top_p",
+            "sampling.min_p",
+            "seed",
             "sampling.chunk_steps",
             "sampling.prefill_tokens",
             "prompts.style",
@@ -61,6 +65,12 @@ def add_generate(commands: Any) -> None:
         default=16,
         help="prompts answered at once; one that ends makes room for the next (default 16)",
     )
+    parser.add_argument(
+        "--samples",
+        type=positive_int,
+        default=1,
+        help="responses to each prompt (default 1), drawn at config.sampling.temperature; sample is its number",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -68,7 +78,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sami_jax.run.single_stages import generate_file
 
     prompts, out = arguments.prompts, arguments.out
-    settings = {"rows": arguments.rows, "format": arguments.format}
+    settings = {"rows": arguments.rows, "samples": arguments.samples, "format": arguments.format}
     lines = generate_file(config, model=arguments.model, prompts=prompts, out=out, **settings)
     print(f"{len(lines)} responses in {out}", file=sys.stderr)
 

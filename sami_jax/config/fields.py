@@ -19,6 +19,7 @@ def setting(
     help: str,
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
@@ -31,13 +32,14 @@ def setting(
       default: its value where none is given, or the class of a section.
       help: its meaning, for people.
       at_least: least value.
+      at_most: largest value.
       above: a value that it must exceed.
       below: a value that it must stay under.
       choices: all values, where they are few.
       path: whether it names a file or folder.
       text_file: whether it may be given as `file:PATH`, and is the text of that file then.
     """
-    limits = {"at_least": at_least, "above": above, "below": below}
+    limits = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     metadata = {"help": help, **limits, "choices": choices, "path": path, "text_file": text_file}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -101,7 +103,8 @@ def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
     value = _typed(name, value, field.type)
     if field.metadata["text_file"] and value.startswith(_FILE):
         value = _text_of(name, value.removeprefix(_FILE))
-    lowest, above, below, choices = (field.metadata[key] for key in ("at_least", "above", "below", "choices"))
+    limits = ("at_least", "at_most", "above", "below", "choices")
+    lowest, highest, above, below, choices = (field.metadata[key] for key in limits)
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
             raise BadConfigError(f"{name} is {value!r}; it must be finite.")
@@ -111,6 +114,8 @@ def _check(name: str, value: Any, field: dataclasses.Field) -> Any:
             raise BadConfigError(f"{name} is {value!r}, which is no text: it holds half of a surrogate pair.")
     if lowest is not None and value < lowest:
         raise BadConfigError(f"{name} is {value!r}; it must be at least {lowest}.")
+    if highest is not None and value > highest:
+        raise BadConfigError(f"{name} is {value!r}; it must be at most {highest}.")
     if above is not None and value <= above:
         raise BadConfigError(f"{name} is {value!r}; it must be above {above}.")
     if below is not None and value >= below:

@@ -7,10 +7,17 @@ from sami_jax.config.fields import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Greedy sampling of responses."""
+    """How responses are sampled."""
 
     max_new_tokens: int = setting(350, "longest response in tokens", at_least=1)
     stop: tuple[str, ...] = setting(("Human:", "###"), "texts that end a response; what follows is cut")
+    temperature: float = setting(0.0, "0 takes the likeliest token; above it, tokens are drawn", at_least=0)
+    top_p: float = setting(
+        1.0, "draw from the likeliest tokens that together have this probability; 1 for all", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "draw only tokens with this share of the likeliest one's probability; 0 for all", at_least=0, at_most=1
+    )
     slots: int = setting(128, "responses that are written at once; one that ends makes room for the next", at_least=1)
     shard_queries: int = setting(
         256,
@@ -21,3 +28,8 @@ class SamplingConfig:
     prefill_tokens: int = setting(
         1024, "tokens of prompts that each device reads at once; more where one prompt is longer", at_least=1
     )
+
+    @property
+    def manifest(self) -> dict[str, float]:
+        """How tokens were chosen, to be written beside the data."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p}

@@ -145,7 +145,14 @@ def _judge_evaluated(
 
 
 def generate_file(
-    config: RunConfig, *, model: str, prompts: Path, out: Path, rows: int, format: Literal["jsonl", "authors"] = "jsonl"
+    config: RunConfig,
+    *,
+    model: str,
+    prompts: Path,
+    out: Path,
+    rows: int,
+    samples: int = 1,
+    format: Literal["jsonl", "authors"] = "jsonl",
 ) -> list[Any]:
     """Answers a prompts file. Returns the lines of `out`: the prompts' with response, response_ids and finished.
 
@@ -155,17 +162,25 @@ def generate_file(
       prompts: see `stages.generate.read_prompts`.
       out: a file, a device or a pipe.
       rows: prompts answered at once.
+      samples: responses to each prompt, a line for each.
       format: of `out`: JSON lines, or the authors' responses, whose rows are returned then.
 
     Raises:
-      BadConfigError: `out`, or its parts, were made from other inputs.
+      BadConfigError: `out`, or its parts, were made from other inputs; or several samples would be the same.
       BadDataError: model or prompts cannot be used, or `out` is another file.
     """
     check_stage_file(out)
+    if samples > 1 and config.sampling.temperature == 0:
+        raise BadConfigError(
+            f"--samples={samples} would give the same response each time, since config.sampling.temperature is 0; set "
+            "it above 0, for instance to 1."
+        )
+    if samples > 1 and format == "authors":
+        raise BadConfigError(f"--format=authors has one response to a question; leave out --samples={samples}.")
     use_platform(config.platform)
     read_prompts(prompts, format=format)  # for what it refuses, before a model is fetched
     source = model_source(fetch_model(model))
-    stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows, format=format)
+    stage = Generate.of(config, model=source, prompts=file_source(prompts), rows=rows, samples=samples, format=format)
     return _completed_lines(stage, out)
 
 

@@ -1,5 +1,6 @@
 """How the next token is chosen: the likeliest, or drawn from the likely ones, by a key of its text and its place."""
 
+import math
 from typing import NamedTuple
 
 import chex
@@ -33,11 +34,11 @@ def likely(logits: Array, choosing: Choosing) -> Array:
       choosing: what is likely enough.
     """
     chex.assert_rank(logits, 2)
-    logits = logits / choosing.temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / choosing.temperature
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     keep = jnp.ones(logits.shape, bool)
     if choosing.min_p > 0:
-        keep &= log_probs >= jnp.max(log_probs, axis=-1, keepdims=True) + jnp.log(choosing.min_p)
+        keep &= logits >= math.log(choosing.min_p)  # the likeliest one's are 0
     if choosing.top_p < 1:
         probs = jnp.exp(log_probs)
         order = jnp.argsort(-probs, axis=-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.sampling import SamplingConfig
@@ -75,6 +76,8 @@ def answer(
     *,
     out: Output,
     part: str,
+    seed: int,
+    purpose: tuple[str | int, ...],
     progressed: Callable[[float, str], None],
 ) -> list[list[Response]]:
     """The C responses of each task, kept as a part of a stage.
@@ -86,6 +89,8 @@ def answer(
       config: how to sample.
       out: the stage's.
       part: name of the file that keeps them.
+      seed: with purpose, query and constitution decides what is drawn.
+      purpose: what the responses are for.
       progressed: hears how many of the tasks are about answered, and how fast.
 
     Raises:
@@ -101,7 +106,12 @@ def answer(
             more_devices(loaded.mesh),
         ):
             flat = respond(
-                loaded, prompts, config, progressed=lambda spent: progressed(spent.done / count, spent.speed)
+                loaded,
+                prompts,
+                config,
+                seed=seed,
+                names=[("text", *purpose, task.query.example_id, c) for task in tasks for c in range(count)],
+                progressed=lambda spent: progressed(spent.done / count, spent.speed),
             )
         prefix = {"response_prefix": renderer.response_prefix} if renderer.response_prefix else {}
         return [
@@ -129,6 +139,8 @@ def answer_all(
     *,
     out: Output,
     folder: str,
+    seed: int,
+    purpose: tuple[str | int, ...],
     safe_point: SafePoint,
     answered: Callable[[int, str, float], None],
 ) -> list[list[Response]]:
@@ -141,6 +153,8 @@ def answer_all(
       config: how to sample.
       out: the stage's, which keeps them as parts of `folder`.
       folder: name of it.
+      seed: see `answer`.
+      purpose: likewise.
       safe_point: called behind each part.
       answered: hears how many tasks are done, how fast, and how many more are about answered.
 
@@ -156,7 +170,8 @@ def answer_all(
             answered(len(answers), speed, ahead)
 
         part = f"{folder}/{number:05d}.jsonl"
-        for responses in answer(loaded, asked, renderer, config, out=out, part=part, progressed=progressed):
+        how: dict[str, Any] = {"out": out, "part": part, "seed": seed, "purpose": purpose, "progressed": progressed}
+        for responses in answer(loaded, asked, renderer, config, **how):
             found = answers_behind_reasoning(responses, templates)
             answers.append([response or Response("", (), finished=False) for response in found])
         answered(len(answers), "", 0.0)

@@ -144,6 +144,7 @@ class Evaluate(Stage):
     ) -> list[list[Response]]:
         progress = Progress(f"iteration {self.iteration}: evaluating {split}", len(tasks), unit="queries")
         parts: dict[str, Any] = {"out": out, "folder": f"responses/{split}"}
+        parts |= {"seed": self.seed, "purpose": ("evaluate", self.iteration, split)}
         return answer_all(
             loaded, tasks, self.prompts, self.sampling, **parts, safe_point=safe_point, answered=progress.update
         )

@@ -20,13 +20,14 @@ from sami_jax.progress import Progress
 from sami_jax.responding import check_prompts, respond
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling.slots import Spent
+from sami_jax.sampling.stop_text import Response
 from sami_jax.stages.stage import FileStage, Output, Source
 from sami_jax.types import Dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(FileStage):
-    """Greedy responses to the prompts of a file.
+    """Responses to the prompts of a file.
 
     Attributes:
       model: folder.
@@ -34,6 +35,8 @@ class Generate(FileStage):
       templates: of the prompts that are given as a constitution and a question.
       format: of what is written: JSON lines, or the authors' responses.
       sampling: how.
+      samples: responses to each prompt.
+      seed: decides what is drawn where the temperature is above 0.
       compute_dtype: of activations and matmuls.
       mesh: the devices.
     """
@@ -45,12 +48,21 @@ class Generate(FileStage):
     templates: PromptsConfig
     format: Literal["jsonl", "authors"]
     sampling: SamplingConfig
+    samples: int
+    seed: int
     compute_dtype: Dtype
     mesh: MeshConfig
 
     @classmethod
     def of(
-        cls, config: RunConfig, *, model: Source, prompts: Source, rows: int, format: Literal["jsonl", "authors"]
+        cls,
+        config: RunConfig,
+        *,
+        model: Source,
+        prompts: Source,
+        rows: int,
+        samples: int,
+        format: Literal["jsonl", "authors"],
     ) -> "Generate":
         """The stage with a config's settings; `rows` prompts are answered at once, four times as many kept together."""
         return cls(
@@ -59,6 +71,8 @@ class Generate(FileStage):
             templates=config.prompts,
             format=format,
             sampling=dataclasses.replace(config.sampling, slots=rows, shard_queries=4 * rows),
+            samples=samples,
+            seed=config.seed,
             compute_dtype=config.compute_dtype,
             mesh=config.mesh,
         )
@@ -74,28 +88,45 @@ class Generate(FileStage):
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
         size, slots = self.sampling.shard_queries, self.sampling.slots
-        chunks = [range(len(records))[start : start + size] for start in range(0, len(records), size)]
+        asked = [(i, sample) for i in range(len(records)) for sample in range(self.samples)]
+        chunks = [asked[start : start + size] for start in range(0, len(asked), size)]
         first = sum(len(chunk) for number, chunk in enumerate(chunks) if out.stands(f"{number:05d}.jsonl"))
-        progress = Progress("sampling", len(records), unit="prompts", done=first)
+        progress = Progress("sampling", len(asked), unit="responses", done=first)
         lines: list[Any] = []
         for number, chunk in enumerate(chunks):
 
             def progressed(spent: Spent, done: int = len(lines)) -> None:
                 progress.update(done, f"{spent.done} more answered, {spent.speed}", spent.done)
 
-            def sampled(chunk: range = chunk, progressed: Callable[[Spent], None] = progressed) -> list[Any]:
-                asked = [prompts[i] for i in chunk]
+            def sampled(
+                chunk: list[tuple[int, int]] = chunk, progressed: Callable[[Spent], None] = progressed
+            ) -> list[Any]:
+                names = [("text", "generate", i, sample) for i, sample in chunk]
                 with enough_memory(f"sampling {slots} responses at once", f"lower --rows, now {slots}"):
-                    responses = respond(loaded, asked, self.sampling, progressed=progressed)
+                    responses = respond(
+                        loaded,
+                        [prompts[i] for i, _ in chunk],
+                        self.sampling,
+                        seed=self.seed,
+                        names=names,
+                        progressed=progressed,
+                    )
                 return [
-                    {**records[i], **given[i], "response": r.text, "response_ids": list(r.ids), "finished": r.finished}
-                    for i, r in zip(chunk, responses, strict=True)
+                    {**records[i], **given[i], **self._number(sample), **_fields(response)}
+                    for (i, sample), response in zip(chunk, responses, strict=True)
                 ]
 
             lines += out.part(f"{number:05d}.jsonl", sampled)
             progress.update(len(lines))
             safe_point()
         return lines
+
+    def counts(self, lines: list[Any]) -> Any:
+        """How many, and how their tokens were chosen."""
+        return {"responses": len(lines), "samples": self.samples, "sampling": self.sampling.manifest}
+
+    def _number(self, sample: int) -> dict[str, int]:
+        return {"sample": sample} if self.samples > 1 else {}
 
     def text(self, lines: list[Any]) -> str:
         """JSON lines, or what the authors' judge reads."""
@@ -116,6 +147,10 @@ class Generate(FileStage):
             else renderer.prompt(self.templates.generation, record["constitution"], record["question"])
             for record in records
         ]
+
+
+def _fields(response: Response) -> dict[str, Any]:
+    return {"response": response.text, "response_ids": list(response.ids), "finished": response.finished}
 
 
 _QUESTION = ("constitution", "question")

@@ -110,7 +110,8 @@ class Sample(Stage):
                 progress.update(min(len(kept), self.needed), note, answered * len(kept) / asked if asked else answered)
 
             part = f"chunks/{number:05d}.jsonl"
-            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part, progressed=progressed)
+            how: dict[str, Any] = {"seed": self.seed, "purpose": ("sample", self.iteration), "progressed": progressed}
+            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part, **how)
             for task, responses in zip(tasks, answers, strict=True):
                 found = answers_behind_reasoning(responses, self.prompts)
                 reason = drop_reason(found, self.filters)
@@ -133,7 +134,13 @@ class Sample(Stage):
             )
         out.write("pairs.json", write_pairs, kept)
         out.write("rejects.jsonl", write_jsonl, rejects)
-        return {"queries": len(queries), "sampled": asked, "kept": len(kept), "dropped": dropped}
+        return {
+            "queries": len(queries),
+            "sampled": asked,
+            "kept": len(kept),
+            "dropped": dropped,
+            "sampling": self.sampling.manifest,
+        }
 
     def _pair(self, task: Task, responses: Sequence[Response], renderer: Renderer) -> Pair:
         rng = generator(self.seed, "reshuffle", self.iteration, task.query.example_id)

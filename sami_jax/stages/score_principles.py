@@ -38,6 +38,7 @@ class ScorePrinciples(FileStage):
       query_count: so many of them, the first.
       prompts: templates.
       sampling: how to sample.
+      seed: decides what is drawn where the temperature is above 0.
       scoring: how responses are scored.
       compute_dtype: of activations and matmuls.
       mesh: the devices.
@@ -51,6 +52,7 @@ class ScorePrinciples(FileStage):
     query_count: int
     prompts: PromptsConfig
     sampling: SamplingConfig
+    seed: int
     scoring: Scoring
     compute_dtype: Dtype
     mesh: MeshConfig
@@ -65,6 +67,7 @@ class ScorePrinciples(FileStage):
             query_count=config.queries.evaluation_count,
             prompts=config.prompts,
             sampling=config.sampling,
+            seed=config.seed,
             scoring=Scoring.of(config.train),
             compute_dtype=config.compute_dtype,
             mesh=config.mesh,
@@ -111,6 +114,7 @@ class ScorePrinciples(FileStage):
                 progress.update(done + count, f"{name}, {speed}" if speed else name, ahead)
 
             answers = {"out": out, "folder": f"{number:03d}", "safe_point": safe_point, "answered": answered}
+            answers |= {"seed": self.seed, "purpose": ("score_principles", principle.name)}
             scored = functools.partial(self._scored, loaded, principle, tasks[principle.name], answers)
             lines += out.part(f"{number:03d}.jsonl", scored)
             answered(len(queries))

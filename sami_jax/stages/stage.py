@@ -266,6 +266,10 @@ class FileStage(Stage):
         """What `text` was made of, as far as the file keeps it."""
         return read_jsonl(file)
 
+    def counts(self, lines: list[Any]) -> Any:
+        """JSON value for people, a pure function of the inputs."""
+        return len(lines)
+
 
 def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint) -> list[Any]:
     """The lines of a file, which is made unless it stands.
@@ -300,6 +304,6 @@ def complete_file(stage: FileStage, file: Path | None, *, safe_point: SafePoint)
                 if file.exists() and file.read_bytes() != text.encode():  # not ours, cut off before its seal
                     raise BadDataError(f"{file} came there meanwhile, with other lines; move it away, then run again.")
                 write_text(file, text)
-                seal_file(file, inputs=inputs, counts=len(lines))
+                seal_file(file, inputs=inputs, counts=stage.counts(lines))
             shutil.rmtree(parts)
     return stage.read(file)
