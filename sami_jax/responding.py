@@ -1,6 +1,7 @@
 """Prompts to responses with a loaded model: checked, and sampled in slots."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from sami_jax.data.prompts import Prompt
 from sami_jax.errors import BadDataError
 from sami_jax.huggingface.opened import LoadedModel, OpenModel
 from sami_jax.sampling.choosing import Choosing
-from sami_jax.sampling.slots import Request, Room, Sampler, Spent
+from sami_jax.sampling.slots import Hopeless, Request, Room, Sampler, Spent
 from sami_jax.sampling.stop_text import Response, Stops
 from sami_jax.seeds import key_data
 from sami_jax.sharding import batch_sharding, batch_shards, replicated, shared_rows
@@ -34,12 +35,17 @@ def prompt_problem(
             f"has token ids beyond the model's vocabulary of {shape.vocab_size}; the tokenizer and the weights in "
             f"{opened.folder} do not belong together."
         )
-    if len(ids) + new_tokens > shape.max_positions:
+    if too_long(opened, ids, new_tokens):
         return (
             f"has {len(ids)} tokens; with {new_tokens} new ones it exceeds the model's {shape.max_positions} "
             f"positions. Shorten it, or lower {limit}."
         )
     return ""
+
+
+def too_long(opened: OpenModel, ids: Sequence[int], new_tokens: int) -> bool:
+    """Whether a prompt and a response of so many tokens do not fit the model."""
+    return len(ids) + new_tokens > opened.model.config.max_positions
 
 
 def respond(
@@ -51,12 +57,31 @@ def respond(
     names: Sequence[tuple[str | int, ...]] | None = None,
     progressed: Callable[[Spent], None] = lambda spent: None,
 ) -> list[Response]:
-    """Responses to prompts, in order.
+    """Responses to prompts, in order; see `respond_in_groups`."""
+    how: dict[str, Any] = {"seed": seed, "names": names, "progressed": progressed}
+    responses = respond_in_groups(loaded, prompts, config, groups=range(len(prompts)), **how)
+    return [response for response in responses if response is not None]
+
+
+def respond_in_groups(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    *,
+    groups: Sequence[int],
+    hopeless: Hopeless | None = None,
+    seed: int = 0,
+    names: Sequence[tuple[str | int, ...]] | None = None,
+    progressed: Callable[[Spent], None] = lambda spent: None,
+) -> list[Response | None]:
+    """Responses to prompts, in order; None for those that were given up.
 
     Args:
       loaded: the model.
       prompts: what is to be answered.
       config: how to sample.
+      groups: of each prompt: those whose responses are of use only together.
+      hopeless: with which of its responses a group is given up, see `Sampler.responses`; None for none.
       seed: with a name decides what is drawn for a response, whatever else is sampled. At temperature 0 nothing is.
       names: one for each prompt; needed above temperature 0.
       progressed: hears of the responses that have ended.
@@ -67,6 +92,8 @@ def respond(
     """
     if config.temperature > 0 and names is None:
         raise ValueError("Responses that are drawn need a name each.")
+    if not prompts:
+        return []
     check_prompts(loaded, prompts, max_new_tokens=config.max_new_tokens)
     sampler = Sampler(
         loaded.model.decode,
@@ -82,8 +109,11 @@ def respond(
     )
     none = np.zeros(2, np.uint32)
     keys = [none] * len(prompts) if names is None else [key_data(seed, *name) for name in names]
-    requests = [Request(tuple(p.ids), p.prefix_ids, key) for p, key in zip(prompts, keys, strict=True)]
-    return sampler.responses(requests, progressed)
+    requests = [
+        Request(tuple(prompt.ids), prompt.prefix_ids, key, group)
+        for prompt, key, group in zip(prompts, keys, groups, strict=True)
+    ]
+    return sampler.responses(requests, progressed, hopeless=hopeless)
 
 
 def room_for(opened: OpenModel, lengths: Sequence[int], config: SamplingConfig) -> Room:

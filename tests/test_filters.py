@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sami_jax.config.data import FiltersConfig
-from sami_jax.data.filters import REASONS, cut_reasoning, drop_reason
+from sami_jax.data.filters import REASONS, cannot_pass, cut_reasoning, drop_reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def test_reasoning_is_cut_at_the_first_marker():
     assert cut_reasoning("I think.\nAnswer: The post. Answer: no.", "Answer:") == "The post. Answer: no."
     assert cut_reasoning("Answer:", "Answer:") == ""
     assert cut_reasoning("I think, the answer: none.", "Answer:") is None
-    assert drop_reason([GOOD, None], FILTERS) == "no_answer" == REASONS[0]
+    assert drop_reason([GOOD, None], FILTERS) == "no_answer" == REASONS[1]
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD.items(), ids=lambda x: getattr(x, "text", x))
@@ -61,9 +61,23 @@ def test_the_first_reason_that_holds_is_given():
     seen += [drop_reason([Sampled("a"), Sampled("a")], FILTERS)]
     seen += [drop_reason([Sampled("a."), Sampled("a.")], FILTERS)]
     assert seen == ["empty", "empty", "placeholder", "evasive", "unfinished", "identical"]
-    assert ("no_answer", *dict.fromkeys(seen)) == REASONS
+    assert ("too_long", "no_answer", *dict.fromkeys(seen)) == REASONS
 
 
 def test_the_settings_decide():
     assert drop_reason([GOOD, Sampled("Response [1].")], FiltersConfig(placeholders=())) is None
     assert drop_reason([GOOD, Sampled("A line;")], FiltersConfig(sentence_ends=".;")) is None
+
+
+@pytest.mark.parametrize(
+    "filters", [FILTERS, FiltersConfig(placeholders=("[",), evasive_beginnings=("Sorry", "I can"))]
+)
+def test_a_beginning_that_cannot_pass_is_dropped_whatever_follows(filters):
+    texts = ["Sorry, no.", "I cannot say.", "I may.", "See [1] there.", "A Response.", "Fine."]
+    for text in texts:
+        for count in range(len(text)):
+            if cannot_pass(text[:count], filters):
+                assert drop_reason([Sampled(text)], filters) in ("placeholder", "evasive")
+                assert drop_reason([Sampled(text[:count] + " and so on.")], filters) in ("placeholder", "evasive")
+    assert [cannot_pass(text, filters) for text in texts].count(True) >= 2
+    assert not cannot_pass("", filters) and not cannot_pass("Fine.", filters)

@@ -57,7 +57,8 @@ def sample(
     choosing: Choosing = GREEDY,
     vocab: int = VOCAB,
     spent: list[Spent] | None = None,
-) -> list[Response]:
+    hopeless=None,
+) -> list[Response | None]:
     mesh = mesh or make_mesh(MeshConfig())
     sampler = Sampler(
         decode,
@@ -71,7 +72,7 @@ def sample(
         sharding=batch_sharding(mesh),
         everywhere=replicated(mesh),
     )
-    return sampler.responses(asked, (spent if spent is not None else []).append)
+    return sampler.responses(asked, (spent if spent is not None else []).append, hopeless=hopeless)
 
 
 @functools.cache
@@ -138,6 +139,44 @@ def test_three_programs_serve_all_shards_of_a_shape():
 
 def test_nothing_asked_is_nothing_answered():
     assert sample([]) == []
+
+
+class TestGivingUp:
+    """Groups of two, of which one member decides."""
+
+    @staticmethod
+    def grouped(**how) -> list[Response | None]:
+        asked = [request._replace(group=number // 2) for number, request in enumerate(requests())]
+        return sample(asked, **how)
+
+    @staticmethod
+    def hopeless(so_far: str, ended: Response | None) -> bool:
+        return "ch" in so_far or "hb" in so_far or (ended is not None and not ended.text)
+
+    @pytest.mark.parametrize(("slots", "steps"), [(1, 4), (8, 4), (8, 1), (30, 7)])
+    def test_what_is_left_is_what_would_have_been_kept(self, slots, steps):
+        plain, spent = plainly(), []
+        lost = {i // 2 for i, response in enumerate(plain) if self.hopeless(response.text, response)}
+        assert 3 < len(lost) < 12
+        found = self.grouped(slots=slots, steps=steps, hopeless=self.hopeless, spent=spent)
+        assert spent[-1].done == len(plain)
+        for group in range(len(plain) // 2):
+            ours, theirs = found[2 * group : 2 * group + 2], plain[2 * group : 2 * group + 2]
+            if group not in lost:
+                assert ours == theirs
+            else:
+                there = [response for response in ours if response is not None]
+                assert any(self.hopeless(r.text, r if r.finished else None) or not r.text for r in there)
+        given_up = [i for i, response in enumerate(found) if response is None]
+        assert given_up
+        if slots == 1:  # the second of a pair never begins
+            assert all(i % 2 for i in given_up)
+
+    def test_it_takes_less(self):
+        spent, all_of_it = [], []
+        self.grouped(slots=4, hopeless=self.hopeless, spent=spent)
+        self.grouped(slots=4, spent=all_of_it)
+        assert spent[-1].chunks < 0.9 * all_of_it[-1].chunks
 
 
 class TestDecoder:

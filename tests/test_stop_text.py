@@ -7,7 +7,7 @@ import pytest
 
 import doubles
 from sami_jax.data.tokenizer import Tokenizer
-from sami_jax.sampling.stop_text import Stops, cut_response, has_stopped
+from sami_jax.sampling.stop_text import Stops, cut_response, has_stopped, settled_text
 
 TOKENIZER = doubles.byte_tokenizer((".", "#"), ("Ċ", "Ċ"), ("Ġ", "T"), ("h", "e"), ("ĠT", "he"))
 MARKERS = ("##", "\n")
@@ -180,3 +180,19 @@ class TestHasStopped:
         tokenizer = Counting(TOKENIZER._backend)
         assert not has_stopped(ids_of(*"ab" * 500), tokenizer, stops_of(), new=16)
         assert tokenizer.spelled <= 16 + 4 * 2
+
+
+def test_a_settled_text_is_what_every_later_response_begins_with():
+    rng = np.random.default_rng(1)
+    stops = stops_of(("##", "é#", "The.", "\n\n"))
+    pieces = [*ids_of(" The", "#", ".#", " ", "\n", "a", "he", "T", "."), *TOKENIZER.prompt_ids("é🙂")]
+    longest = 0
+    for _ in range(200):
+        ids = rng.choice(pieces, 20).tolist()
+        for count in range(len(ids)):
+            if has_stopped(ids[:count], TOKENIZER, stops, new=count):
+                break
+            settled = settled_text(ids[:count], TOKENIZER, stops)
+            assert cut_response(ids, TOKENIZER, stops).text.startswith(settled)
+            longest = max(longest, len(settled))
+    assert longest > 8

@@ -20,6 +20,7 @@ def add_generate(commands: Any) -> None:
         (
             "sampling.max_new_tokens",
             "sampling.stop",
+            "sampling.long_prompts",
             "sampling.temperature",
             "sampling.top_p",
             "sampling.min_p",

@@ -1,6 +1,7 @@
 """The settings of sampling."""
 
 import dataclasses
+from typing import Literal
 
 from sami_jax.config.fields import setting
 
@@ -17,6 +18,11 @@ class SamplingConfig:
     )
     min_p: float = setting(
         0.0, "draw only tokens with this share of the likeliest one's probability; 0 for all", at_least=0, at_most=1
+    )
+    long_prompts: Literal["refuse", "drop"] = setting(
+        "refuse",
+        "what becomes of training queries, and of prompts of `sami generate`, that may not fit with a response",
+        choices=("refuse", "drop"),
     )
     slots: int = setting(128, "responses that are written at once; one that ends makes room for the next", at_least=1)
     shard_queries: int = setting(

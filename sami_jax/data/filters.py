@@ -16,7 +16,7 @@ class Sampled(Protocol):
     def finished(self) -> bool: ...
 
 
-REASONS = ("no_answer", "empty", "placeholder", "evasive", "unfinished", "identical")
+REASONS = ("too_long", "no_answer", "empty", "placeholder", "evasive", "unfinished", "identical")
 
 
 def cut_reasoning(text: str, marker: str) -> str | None:
@@ -26,12 +26,12 @@ def cut_reasoning(text: str, marker: str) -> str | None:
 
 
 def drop_reason(responses: Sequence[Sampled | None], filters: FiltersConfig) -> str | None:
-    """Why a query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
+    """Why a sampled query is dropped, the first of REASONS that holds for any of its responses, or None to keep it.
 
-    no_answer: the reasoning came to none (`cut_reasoning`); empty: no text; placeholder: a piece of the format's
-    example was copied; evasive: it begins as an evasion does; unfinished: the sampler ran out of tokens, or the text
-    does not end as a sentence; identical: two responses are the same, so nothing tells them apart. The authors test
-    some of these on the first response only.
+    too_long is none of them: such a query is never sampled. no_answer: the reasoning came to none (`cut_reasoning`);
+    empty: no text; placeholder: a piece of the format's example was copied; evasive: it begins as an evasion does;
+    unfinished: the sampler ran out of tokens, or the text does not end as a sentence; identical: two responses are the
+    same, so nothing tells them apart. The authors test some of these on the first response only.
     """
     there = [response for response in responses if response is not None]
     if len(there) < len(responses):
@@ -48,3 +48,10 @@ def drop_reason(responses: Sequence[Sampled | None], filters: FiltersConfig) -> 
     if len(set(texts)) < len(texts):
         return "identical"
     return None
+
+
+def cannot_pass(beginning: str, filters: FiltersConfig) -> bool:
+    """Whether `drop_reason` drops every response that begins so, whatever follows."""
+    return any(placeholder in beginning for placeholder in filters.placeholders) or (
+        bool(filters.evasive_beginnings) and beginning.startswith(tuple(filters.evasive_beginnings))
+    )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ from sami_jax.run.queries import check_counts, source_of, with_queries
 from sami_jax.safe_point import SafePoint
 from sami_jax.seeds import generator
 from sami_jax.sharding import make_mesh
-from sami_jax.stages.answers import check_tasks
+from sami_jax.stages.answers import TaskRoom, check_tasks
 from sami_jax.stages.evaluate import evaluation_tasks
 from sami_jax.stages.sample import sampling_tasks
 
-_SCHEMA_VERSION = 4  # of a run directory; raised where stages that were begun before could not go on
+_SCHEMA_VERSION = 5  # of a run directory; raised where stages that were begun before could not go on
 
 
 def open_run(config: RunConfig, workdir: Path, say: Callable[[str], None]) -> RunConfig:
@@ -219,25 +219,19 @@ def check_queries(config: RunConfig, *, iterations: int) -> None:
       BadDataError: the file and the query.
     """
     opened = open_model(Path(config.model), config.mesh, config.compute_dtype)
-    sizes = {
-        "new_tokens": config.sampling.max_new_tokens + config.train.train_eos,
-        "rows_per_device": config.train.rows_per_device,
-        "max_row_tokens": config.train.max_row_tokens,
-    }
-
-    def check(tasks: Iterable[Task], file: str) -> None:
-        check_tasks(opened, tasks, config.prompts, **sizes, file=source_of(Path(file)))
-
+    room = TaskRoom.of(config.sampling, config.train)
     evaluated = [task for tasks in evaluated_tasks(config).values() for task in tasks]
-    check(evaluated, config.queries.evaluation)
+    check_tasks(opened, evaluated, config.prompts, room, file=source_of(Path(config.queries.evaluation)))
     if config.evaluation.instruct:
         instruct = open_model(instruct_folder(config), config.mesh, config.compute_dtype)
         file = f"{source_of(Path(config.queries.evaluation))}, for config.evaluation.instruct"
-        check_tasks(instruct, evaluated, as_instruct(config).prompts, **sizes, file=file)
+        check_tasks(instruct, evaluated, as_instruct(config).prompts, room, file=file)
     pool = read_pools(Path(config.constitutions.place), config.constitutions)[LEARNED]
     for iteration in range(1, iterations + 1):
         half = alternating_half(read_queries(Path(config.queries.train)), iteration)
-        check(sampling_tasks(half, pool, seed=config.seed, iteration=iteration), config.queries.train)
+        tasks = sampling_tasks(half, pool, seed=config.seed, iteration=iteration)
+        file, long_prompts = source_of(Path(config.queries.train)), config.sampling.long_prompts
+        check_tasks(opened, tasks, config.prompts, room, file=file, long_prompts=long_prompts)
 
 
 def needs_pretraining(config: RunConfig) -> bool:

@@ -12,8 +12,11 @@ from jax.sharding import Sharding
 from sami_jax.data.tokenizer import Tokenizer
 from sami_jax.sampling.choosing import Choosing
 from sami_jax.sampling.decoding import Joining, Slots, at_rest, go_on, join
-from sami_jax.sampling.stop_text import Response, Stops, cut_response, has_stopped
+from sami_jax.sampling.stop_text import Response, Stops, cut_response, has_stopped, settled_text
 from sami_jax.types import Array, DecodeFn, Params, Prompts, Rows
+
+# (the text so far, the response where it has ended) -> whether nobody can use it.
+Hopeless = Callable[[str, Response | None], bool]
 
 _SHORTEST = 64  # tokens of a prompt, of which a row has room for so many that the logits behind them stay small
 
@@ -25,11 +28,13 @@ class Request(NamedTuple):
       prompt: its ids, at least one.
       prefix_ids: how many of the last are words that the response begins with.
       key: [2] uint32, of `choosing.choose`.
+      group: of the responses that are of use only together.
     """
 
     prompt: tuple[int, ...]
     prefix_ids: int
     key: np.ndarray
+    group: int = 0
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -59,8 +64,8 @@ class Spent(NamedTuple):
     """What sampling took.
 
     Attributes:
-      done: responses that have ended.
-      kept: their tokens.
+      done: responses that have ended, or were given up.
+      kept: the tokens of those that have ended.
       chunks: times that all slots went on by up to `Room.steps` tokens.
       fills: times that prompts were read.
       seconds: of all this.
@@ -128,8 +133,17 @@ class Sampler:
         self._ends = np.zeros(vocab_size, bool)
         self._ends[[token for token in stops.end_ids if token < vocab_size]] = True
 
-    def responses(self, requests: Sequence[Request], progressed: Callable[[Spent], None]) -> list[Response]:
-        """The responses, in order; `progressed` hears of those that have ended."""
+    def responses(
+        self, requests: Sequence[Request], progressed: Callable[[Spent], None], *, hopeless: Hopeless | None = None
+    ) -> list[Response | None]:
+        """The responses, in order.
+
+        Args:
+          requests: what is asked for.
+          progressed: hears of the responses that have ended.
+          hopeless: where one of a group is, the others are given up: those that have not ended are None, and their
+            slots free. The one that is hopeless is the response so far.
+        """
         found: list[Response | None] = [None] * len(requests)
         waiting = collections.deque(range(len(requests)))
         texts: dict[int, _Text] = {}  # by slot
@@ -149,16 +163,35 @@ class Sampler:
                     text.asked += self._room.steps
                     if text.asked >= self._most:  # it ends with this chunk, whatever it says
                         del texts[slot]
+            if before is None:
+                continue
             # The devices are busy with the next tokens, while those before are looked at.
-            for slot, text in self._read(before, requests):
-                prefix = requests[text.request].prefix
-                found[text.request] = response = cut_response(text.ids, self._tokenizer, self._stops, prefix=prefix)
-                spent = spent._replace(done=spent.done + 1, kept=spent.kept + len(response.ids))
-                if texts.get(slot) is text:
-                    del texts[slot]
-            if before:
-                progressed(spent._replace(seconds=time.monotonic() - started))
-        return [response for response in found if response is not None]
+            given_up: set[int] = set()
+            for text in self._read(*before, requests):
+                request = requests[text.request]
+                response, lost = self._looked_at(text, request, hopeless)
+                if text.ended:
+                    found[text.request] = response
+                    spent = spent._replace(done=spent.done + 1, kept=spent.kept + len(response.ids))
+                if lost:
+                    given_up.add(request.group)
+            running = [*before[1].values(), *(written[1].values() if written else ())]
+            spent = spent._replace(done=spent.done + _give_up(given_up, requests, waiting, running))
+            for slot in [slot for slot, text in texts.items() if text.ended]:
+                del texts[slot]
+            progressed(spent._replace(seconds=time.monotonic() - started))
+        return found
+
+    def _looked_at(self, text: _Text, request: Request, hopeless: Hopeless | None) -> tuple[Response, bool]:
+        """The response so far, and whether it is hopeless."""
+        if text.ended:
+            response = cut_response(text.ids, self._tokenizer, self._stops, prefix=request.prefix)
+            return response, hopeless is not None and hopeless(response.text, response)
+        if hopeless is None:
+            return Response("", (), finished=False), False
+        so_far = settled_text(text.ids, self._tokenizer, self._stops, prefix=request.prefix)
+        text.ended = hopeless(so_far, None)
+        return Response(so_far, (), finished=False), text.ended
 
     def _go_on(self, slots: Slots) -> tuple[Array, Slots]:
         return go_on(
@@ -171,26 +204,18 @@ class Sampler:
             everywhere=self._everywhere,
         )
 
-    def _read(
-        self, written: tuple[Array, dict[int, _Text]] | None, requests: Sequence[Request]
-    ) -> list[tuple[int, _Text]]:
-        """Brings a chunk's tokens to the host. Returns slots and texts that end with them."""
-        if written is None:
-            return []
-        rows = np.asarray(written[0])
-        ended = []
-        for slot, text in written[1].items():
-            if text.ended:  # before this chunk, which was on its way by then
-                continue
+    def _read(self, tokens: Array, texts: dict[int, _Text], requests: Sequence[Request]) -> list[_Text]:
+        """Brings a chunk's tokens to the host. Returns the texts that were not over before it."""
+        rows = np.asarray(tokens)
+        going_on = {slot: text for slot, text in texts.items() if not text.ended}
+        for slot, text in going_on.items():
             new = rows[slot, : self._most - len(text.ids)].tolist()
             text.ids += new
             prefix = requests[text.request].prefix
             text.ended = len(text.ids) >= self._most or has_stopped(
                 text.ids, self._tokenizer, self._stops, new=len(new), prefix=prefix
             )
-            if text.ended:
-                ended.append((slot, text))
-        return ended
+        return list(going_on.values())
 
     def _filling(
         self, requests: Sequence[Request], waiting: collections.deque[int], texts: dict[int, _Text]
@@ -247,3 +272,16 @@ class Sampler:
         prompts = Prompts(Rows(tokens, positions, ends), slots, last)  # type: ignore[arg-type]
         joining = Joining(to, lengths, left, keys)  # type: ignore[arg-type]
         return prompts, joining
+
+
+def _give_up(
+    groups: set[int], requests: Sequence[Request], waiting: collections.deque[int], running: Sequence[_Text]
+) -> int:
+    """Gives up what is left of groups, waiting or running. Returns how many responses that is."""
+    left = [number for number in waiting if requests[number].group in groups]
+    for number in left:
+        waiting.remove(number)
+    others = {id(text): text for text in running if not text.ended and requests[text.request].group in groups}
+    for text in others.values():
+        text.ended = True
+    return len(left) + len(others)

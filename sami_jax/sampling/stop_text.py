@@ -84,6 +84,15 @@ def has_stopped(
     return cut_response(ids, tokenizer, stops, prefix=prefix).finished
 
 
+def settled_text(ids: Sequence[int], tokenizer: Tokenizer, stops: Stops, *, prefix: Sequence[int] = ()) -> str:
+    """What the text of a response that goes on will begin with, whatever follows.
+
+    Its end is left out, as far as a marker, white space or a character of several tokens may still take it away.
+    """
+    text = tokenizer.decode([*prefix, *ids]).rstrip("\ufffd")
+    return text[: len(text) - max(map(len, stops.markers), default=0)].strip()
+
+
 def _tokens_inside(ids: list[int], kept: str, tokenizer: Tokenizer) -> int:
     """Number of leading ids whose text is a beginning of the kept text."""
 

@@ -17,7 +17,7 @@ from sami_jax.errors import BadDataError, enough_memory
 from sami_jax.files import is_json_object, read_jsonl
 from sami_jax.huggingface.opened import open_model
 from sami_jax.progress import Progress
-from sami_jax.responding import check_prompts, respond
+from sami_jax.responding import check_prompts, respond, too_long
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling.slots import Spent
 from sami_jax.sampling.stop_text import Response
@@ -84,7 +84,10 @@ class Generate(FileStage):
         prompts = self._prompts(opened.tokenizer, records)
         prefix = {"response_prefix": self.templates.response_prefix}
         given = [prefix if prompt.prefix_ids else {} for prompt in prompts]
-        check_prompts(opened, prompts, max_new_tokens=self.sampling.max_new_tokens)
+        most = self.sampling.max_new_tokens
+        dropping = self.sampling.long_prompts == "drop"
+        long = {i for i, prompt in enumerate(prompts) if dropping and too_long(opened, prompt.ids, most)}
+        check_prompts(opened, [prompt for i, prompt in enumerate(prompts) if i not in long], max_new_tokens=most)
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
         size, slots = self.sampling.shard_queries, self.sampling.slots
@@ -101,20 +104,18 @@ class Generate(FileStage):
             def sampled(
                 chunk: list[tuple[int, int]] = chunk, progressed: Callable[[Spent], None] = progressed
             ) -> list[Any]:
-                names = [("text", "generate", i, sample) for i, sample in chunk]
+                asked = [(i, sample) for i, sample in chunk if i not in long]
                 with enough_memory(f"sampling {slots} responses at once", f"lower --rows, now {slots}"):
                     responses = respond(
                         loaded,
-                        [prompts[i] for i, _ in chunk],
+                        [prompts[i] for i, _ in asked],
                         self.sampling,
                         seed=self.seed,
-                        names=names,
+                        names=[("text", "generate", *one) for one in asked],
                         progressed=progressed,
                     )
-                return [
-                    {**records[i], **given[i], **self._number(sample), **_fields(response)}
-                    for (i, sample), response in zip(chunk, responses, strict=True)
-                ]
+                found = {one: _fields(response) for one, response in zip(asked, responses, strict=True)}
+                return [{**records[i], **given[i], **self._number(k), **found.get((i, k), _DROPPED)} for i, k in chunk]
 
             lines += out.part(f"{number:05d}.jsonl", sampled)
             progress.update(len(lines))
@@ -123,7 +124,13 @@ class Generate(FileStage):
 
     def counts(self, lines: list[Any]) -> Any:
         """How many, and how their tokens were chosen."""
-        return {"responses": len(lines), "samples": self.samples, "sampling": self.sampling.manifest}
+        dropped = sum(line.get("dropped") == "too_long" for line in lines)
+        return {
+            "responses": len(lines),
+            "dropped": {"too_long": dropped},
+            "samples": self.samples,
+            "sampling": self.sampling.manifest,
+        }
 
     def _number(self, sample: int) -> dict[str, int]:
         return {"sample": sample} if self.samples > 1 else {}
@@ -147,6 +154,9 @@ class Generate(FileStage):
             else renderer.prompt(self.templates.generation, record["constitution"], record["question"])
             for record in records
         ]
+
+
+_DROPPED = {"response": "", "response_ids": [], "finished": False, "dropped": "too_long"}
 
 
 def _fields(response: Response) -> dict[str, Any]:

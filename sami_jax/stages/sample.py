@@ -11,7 +11,7 @@ from sami_jax.config.mesh import MeshConfig
 from sami_jax.config.prompts import PromptsConfig
 from sami_jax.config.run import RunConfig
 from sami_jax.config.sampling import SamplingConfig
-from sami_jax.data.filters import REASONS, drop_reason
+from sami_jax.data.filters import REASONS, cannot_pass, cut_reasoning, drop_reason
 from sami_jax.data.pairs import Pair, write_pairs
 from sami_jax.data.pools import LEARNED, Pool, read_pools
 from sami_jax.data.queries import Query, alternating_half, read_queries
@@ -24,7 +24,7 @@ from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
 from sami_jax.sampling.stop_text import Response
 from sami_jax.seeds import generator
-from sami_jax.stages.answers import answer, answered_pair, answers_behind_reasoning
+from sami_jax.stages.answers import TaskRoom, answer, answered_pair, answers_behind_reasoning, long_task
 from sami_jax.stages.stage import Output, Source, Stage, settings_but
 from sami_jax.training import pairs_needed
 from sami_jax.types import Dtype
@@ -44,6 +44,7 @@ class Sample(Stage):
       prompts: templates.
       sampling: how to sample.
       filters: which queries are kept.
+      room: that a query's prompts and responses have to fit in.
       steps: optimizer steps that are to follow.
       needed: pairs that those steps need.
       compute_dtype: of activations and matmuls.
@@ -61,6 +62,7 @@ class Sample(Stage):
     prompts: PromptsConfig
     sampling: SamplingConfig
     filters: FiltersConfig
+    room: TaskRoom
     steps: int
     needed: int
     compute_dtype: Dtype
@@ -79,6 +81,7 @@ class Sample(Stage):
             prompts=config.prompts,
             sampling=config.sampling,
             filters=config.filters,
+            room=TaskRoom.of(config.sampling, config.train),
             steps=config.train.steps[iteration - 1],
             needed=pairs_needed(config.train, iteration),
             compute_dtype=config.compute_dtype,
@@ -104,6 +107,10 @@ class Sample(Stage):
         for number, start in enumerate(range(0, len(order), size)):
             asked_now = [queries[i] for i in order[start : start + size]]
             tasks = list(sampling_tasks(asked_now, pool, seed=self.seed, iteration=self.iteration))
+            if self.sampling.long_prompts == "drop":
+                long = [task for task in tasks if long_task(loaded, task, renderer, self.room)]
+                rejects += [_reject(task, "too_long", ()) for task in long]
+                tasks = [task for task in tasks if task not in long]
 
             def progressed(answered: float, speed: str, asked: int = asked) -> None:
                 note = f"{len(kept)} of {asked} queries kept, {answered:.0f} more answered, {speed}"
@@ -111,16 +118,16 @@ class Sample(Stage):
 
             part = f"chunks/{number:05d}.jsonl"
             how: dict[str, Any] = {"seed": self.seed, "purpose": ("sample", self.iteration), "progressed": progressed}
-            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part, **how)
+            answers = answer(loaded, tasks, renderer, self.sampling, out=out, part=part, hopeless=self._hopeless, **how)
             for task, responses in zip(tasks, answers, strict=True):
-                found = answers_behind_reasoning(responses, self.prompts)
+                there = [response for response in responses if response is not None]  # all, if it was not given up
+                found = answers_behind_reasoning(there, self.prompts)
                 reason = drop_reason(found, self.filters)
                 if reason is None:
                     kept.append(self._pair(task, [response for response in found if response], renderer))
                 else:
-                    texts = [response.text for response in responses]
-                    rejects.append({"example_id": task.query.example_id, "reason": reason, "responses": texts})
-            asked += len(tasks)
+                    rejects.append(_reject(task, reason, responses))
+            asked += len(asked_now)
             progress.update(min(len(kept), self.needed), f"{len(kept)} of {asked} queries kept")
             if len(kept) >= self.needed:
                 break
@@ -142,10 +149,23 @@ class Sample(Stage):
             "sampling": self.sampling.manifest,
         }
 
+    def _hopeless(self, beginning: str, ended: Response | None) -> bool:
+        """Whether a query is dropped for one of its responses alone, whatever the others are."""
+        if ended is not None:
+            return drop_reason(answers_behind_reasoning([ended], self.prompts), self.filters) is not None
+        if self.prompts.chain_of_thought:
+            beginning = cut_reasoning(beginning, self.prompts.answer_marker) or ""
+        return cannot_pass(beginning, self.filters)
+
     def _pair(self, task: Task, responses: Sequence[Response], renderer: Renderer) -> Pair:
         rng = generator(self.seed, "reshuffle", self.iteration, task.query.example_id)
         constitutions = tuple(c.shuffled(rng) if self.constitutions.reshuffle else c for c in task.constitutions)
         return answered_pair(Task(task.query, constitutions), responses, renderer)
+
+
+def _reject(task: Task, reason: str, responses: Sequence[Response | None]) -> dict[str, Any]:
+    texts = [response and response.text for response in responses]
+    return {"example_id": task.query.example_id, "reason": reason, "responses": texts}
 
 
 def sampling_order(count: int, *, seed: int, iteration: int) -> np.ndarray:

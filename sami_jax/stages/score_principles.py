@@ -21,7 +21,7 @@ from sami_jax.evaluation.summary import query_mi_nats
 from sami_jax.huggingface.opened import LoadedModel, open_model
 from sami_jax.progress import Progress
 from sami_jax.safe_point import SafePoint
-from sami_jax.stages.answers import answer_all, answered_pair, check_tasks
+from sami_jax.stages.answers import TaskRoom, answer_all, answered_pair, check_tasks
 from sami_jax.stages.score import Scoring, matrices, refuse_nonfinite
 from sami_jax.stages.stage import FileStage, Output, Source
 from sami_jax.types import Dtype
@@ -89,15 +89,12 @@ class ScorePrinciples(FileStage):
         tasks = {principle.name: _tasks(principle, queries) for principle in principles}
         opened = open_model(self.model.path, self.mesh, self.compute_dtype)
         every_task = (task for of_one in tasks.values() for task in of_one)
-        check_tasks(
-            opened,
-            every_task,
-            self.prompts,
+        room = TaskRoom(
             new_tokens=self.sampling.max_new_tokens,
             rows_per_device=self.scoring.rows_per_device,
             max_row_tokens=self.scoring.max_row_tokens,
-            file=str(self.queries.path),
         )
+        check_tasks(opened, every_task, self.prompts, room, file=str(self.queries.path))
         loaded = opened.loaded(self.compute_dtype)
         out.begin()
         progress = Progress("scoring principles", len(principles) * len(queries), unit="queries")
