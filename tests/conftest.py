@@ -1,11 +1,18 @@
 """The world the tests run in, fixed before any JAX backend starts: eight CPU devices, strict dtypes, no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, as well as for this one
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process; commands in others share what they compile
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
 

@@ -11,6 +11,7 @@ from sami_jax.cli.judge_command import add_judge
 from sami_jax.cli.model_commands import add_evaluate, add_generate, add_score, add_train
 from sami_jax.cli.principle_commands import add_principles
 from sami_jax.cli.run_commands import add_export, add_pretrain, add_report, add_run
+from sami_jax.compiled import keep_compiled
 from sami_jax.errors import ExitCode, SamiError, exit_code, is_out_of_memory
 from sami_jax.process_group import explained, leave
 
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code (see `errors.ExitCode`)."""
     parser = _build_parser()
     known, rest = parser.parse_known_args(arguments)
+    keep_compiled()
     try:
         known.config_overrides = overrides_of(rest, parser)
         refuse_unread(known)

@@ -55,30 +55,55 @@ class KVCache(NamedTuple):
 
         return KVCache(write(self.keys, keys), write(self.values, values))
 
-    def of_layer(self, layer: Array) -> tuple[Array, Array]:
-        """[B, K, S, H] keys and values."""
-        return self.keys[layer], self.values[layer]
+    def attend(
+        self, layer: Array, queries: Array, positions: Array, *, window: int | None, block: int | None = None
+    ) -> Array:
+        """Grouped-query softmax attention of one query a slot, scores and sums in float32.
 
+        Args:
+          layer: [] int32.
+          queries: [B, N, H]; N is a multiple of K, and head n reads key/value head n // (N / K).
+          positions: [B] int32. A query sees the places up to its own; with a window, so many of them, itself included.
+          window: the model's sliding window, or None.
+          block: places are read so many at a time, and none behind the furthest position; None reads all at once.
 
-def attend_behind(queries: Array, keys: Array, values: Array, positions: Array, *, window: int | None) -> Array:
-    """Grouped-query softmax attention of one query a slot, scores in float32.
+        Returns:
+          [B, N, H].
+        """
+        chex.assert_rank([layer, queries, positions], [0, 3, 1])
+        b, n, h = queries.shape
+        _, _, k, places, _ = self.keys.shape
+        block = min(block or places, places)
+        grouped = queries.reshape(b, k, n // k, h)
+        least = jnp.finfo(jnp.float32).min
 
-    Args:
-      queries: [B, N, H]; N is a multiple of K, and head n reads key/value head n // (N / K).
-      keys: [B, K, S, H].
-      values: [B, K, S, H].
-      positions: [B] int32. A query sees the places up to its own; with a window, so many of them, itself included.
-      window: the model's sliding window, or None.
+        def piece(cache: Array, first: Array) -> Array:
+            return jax.lax.dynamic_slice(cache, (layer, 0, 0, first, 0), (1, b, k, block, h))[0]
 
-    Returns:
-      [B, N, H].
-    """
-    chex.assert_rank([queries, keys, values, positions], [3, 4, 4, 1])
-    b, n, h = queries.shape
-    back = positions[:, None] - jnp.arange(keys.shape[2])[None, :]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    grouped = queries.reshape(b, keys.shape[1], -1, h)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(seen[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weights, values).reshape(b, n, h)
+        def add(number: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            highest, total, mixed = so_far
+            # The last block begins sooner where the places are no multiple of it; what was read before is hidden.
+            first = jnp.minimum(number * block, places - block)
+            place = first + jnp.arange(block)[None, :]
+            back = positions[:, None] - place
+            seen = (back >= 0) & (place >= number * block)
+            if window is not None:
+                seen &= back < window
+            scores = jnp.einsum("bkgh,bksh->bkgs", grouped, piece(self.keys, first), preferred_element_type=jnp.float32)
+            scores = jnp.where(seen[:, None, None, :], scores * h**-0.5, least)
+            now = jnp.maximum(highest, jnp.max(scores, axis=-1))
+            weights = jnp.where(seen[:, None, None, :], jnp.exp(scores - now[..., None]), 0)
+            values = piece(self.values, first)
+            new = jnp.einsum(
+                "bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+            )
+            kept = jnp.exp(highest - now)
+            return now, total * kept + jnp.sum(weights, axis=-1), mixed * kept[..., None] + new
+
+        shape = (b, k, n // k)
+        nothing = (jnp.full(shape, least), jnp.zeros(shape), jnp.zeros((*shape, h), jnp.float32))
+        if block == places:
+            _, total, mixed = add(jnp.zeros((), jnp.int32), nothing)
+        else:
+            _, total, mixed = jax.lax.fori_loop(0, jnp.max(positions) // block + 1, add, nothing)
+        return (mixed / total[..., None]).astype(queries.dtype).reshape(b, n, h)

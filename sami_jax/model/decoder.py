@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sami_jax.model.attention import BLOCKED, DENSE, BackEnd
-from sami_jax.model.cache import KVCache, attend_behind
+from sami_jax.model.cache import KVCache
 from sami_jax.model.layers import MLP, Attention, Mix, rms_norm, scale, weight
 from sami_jax.model.moe import Experts
 from sami_jax.model.shape import DecoderConfig
@@ -56,10 +56,12 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         *,
         back_end: BackEnd = DENSE,
+        places_at_once: int | None = None,
         mesh: Mesh | None = None,
         dtype: Dtype = "float32",
     ):
         self.config, self.back_end, self.mesh, self.dtype = config, back_end, mesh, dtype
+        self.places_at_once = places_at_once
         self.embedding = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         self.blocks = Block(config, rngs, mesh=mesh)
         self.final_norm = scale((config.embed_dim,), ("features",))
@@ -97,7 +99,7 @@ class Decoder(nnx.Module):
         def mix(cache: KVCache, layer: Array, queries: Array, *new: Array) -> tuple[Array, KVCache]:
             cache = cache.written(layer, own, positions[:, None], *new)
             window = self.config.sliding_window
-            mixed = attend_behind(queries[:, 0], *cache.of_layer(layer), positions, window=window)
+            mixed = cache.attend(layer, queries[:, 0], positions, window=window, block=self.places_at_once)
             return mixed[:, None], cache
 
         x, cache = self._cached(self._embed(tokens)[:, None], positions[:, None], cache, mix)
@@ -213,7 +215,14 @@ def make_model(
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     chosen = _back_end(platform, mesh)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), back_end=chosen, mesh=mesh, dtype=dtype)))
+    # On a GPU the host counts the rounds of a loop, which takes longer than reading a few empty places.
+    how: dict[str, Any] = {
+        "back_end": chosen,
+        "places_at_once": None if platform == "gpu" else 128,
+        "mesh": mesh,
+        "dtype": dtype,
+    }
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), **how)))
 
     def exactly(function: Callable) -> Callable:
         @functools.wraps(function)
