@@ -122,7 +122,8 @@ def room_for(opened: OpenModel, lengths: Sequence[int], config: SamplingConfig) 
     longest = _rough(max(lengths), multiple)
     row = max(longest, min(_rough(config.prefill_tokens, multiple), _rough(-(-sum(lengths) // parts), multiple)))
     slots = shared_rows(min(config.slots, 1 << (len(lengths) - 1).bit_length()), opened.mesh)
-    return Room(slots, parts, row, longest + config.max_new_tokens, min(config.chunk_steps, config.max_new_tokens))
+    length = -(-(longest + config.max_new_tokens) // multiple) * multiple
+    return Room(slots, parts, row, length, min(config.chunk_steps, config.max_new_tokens))
 
 
 def _rough(tokens: int, multiple: int) -> int:

@@ -106,7 +106,8 @@ def greedy(decode: DecodeFn, params: Params, prompts: Sequence[Sequence[int]], *
     slots = join(decode, params, slots, own_rows(tokens, lengths[:, 0]), joining, choosing=Choosing())
     vocab = jax.eval_shape(decode.step, params, slots.cache, slots.tokens, slots.positions)[0].shape[1]
     never = np.zeros(vocab, bool)
-    return np.asarray(go_on(decode, params, slots, never, steps=count, choosing=Choosing(), everywhere=one)[0])
+    alive = np.ones(len(prompts), bool)
+    return np.asarray(go_on(decode, params, slots, alive, never, steps=count, choosing=Choosing(), everywhere=one)[0])
 
 
 def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:

@@ -136,7 +136,7 @@ class TestGenerate:
         assert self.generated(seeded, tmp_path, "d.jsonl") != lines
         counts = read_json(tmp_path / "a.jsonl.DONE.json")["counts"]
         how = {"temperature": 1.5, "top_p": 1.0, "min_p": 0.01}
-        assert counts == {"responses": 6, "samples": 3, "sampling": how}
+        assert counts == {"responses": 6, "dropped": {"too_long": 0}, "samples": 3, "sampling": how}
         assert len(read_jsonl(tmp_path / "a.jsonl")) == 6
 
     def test_what_would_give_the_same_each_time_is_refused(self, config, tmp_path):

@@ -26,7 +26,7 @@ class SamplingConfig:
     )
     slots: int = setting(128, "responses that are written at once; one that ends makes room for the next", at_least=1)
     shard_queries: int = setting(
-        256,
+        512,
         "queries whose responses are kept together, and lost together when killed: several times the slots",
         at_least=1,
     )

@@ -100,6 +100,7 @@ def go_on(
     decode: DecodeFn,
     params: Params,
     slots: Slots,
+    alive: Array,
     ends: Array,
     *,
     steps: int,
@@ -112,6 +113,7 @@ def go_on(
       decode: the model.
       params: its parameters.
       slots: that go on.
+      alive: [B] bool, False for slots that are to rest, whatever they have left.
       ends: [V] bool, True for tokens behind which nothing is written.
       steps: most tokens of a slot.
       choosing: how they are chosen.
@@ -121,7 +123,8 @@ def go_on(
       [B, steps] int32, the tokens, on every device; undefined behind an end token and behind a slot's last one. And the
       slots.
     """
-    chex.assert_rank(ends, 1)
+    chex.assert_rank([alive, ends], 1)
+    slots = slots._replace(left=jnp.where(alive, slots.left, 0))
 
     def busy(carry: tuple) -> Array:
         step, _, slots = carry
@@ -132,8 +135,10 @@ def go_on(
         tokens = tokens.at[:, step].set(slots.tokens)
         writes = slots.left > 0
         left = jnp.where(ends[slots.tokens], 0, jnp.maximum(slots.left - 1, 0))
-        logits, cache = decode.step(params, slots.cache, slots.tokens, slots.positions)
-        written, positions = slots.written + writes.astype(jnp.int32), slots.positions + (left > 0).astype(jnp.int32)
+        # A slot at rest writes over its first place, so that nobody waits for the places behind.
+        positions = jnp.where(writes, slots.positions, 0)
+        logits, cache = decode.step(params, slots.cache, slots.tokens, positions)
+        written, positions = slots.written + writes.astype(jnp.int32), positions + writes.astype(jnp.int32)
         chosen = choose(logits, slots.keys, written, choosing)
         return step + 1, tokens, Slots(cache, chosen, positions, written, left, slots.keys)
 

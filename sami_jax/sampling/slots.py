@@ -156,7 +156,7 @@ class Sampler:
                 spent = spent._replace(fills=spent.fills + 1)
             before, written = written, None
             if texts:
-                tokens, slots = self._go_on(slots)
+                tokens, slots = self._go_on(slots, texts)
                 spent = spent._replace(chunks=spent.chunks + 1)
                 written = tokens, dict(texts)
                 for slot, text in written[1].items():
@@ -193,11 +193,14 @@ class Sampler:
         text.ended = hopeless(so_far, None)
         return Response(so_far, (), finished=False), text.ended
 
-    def _go_on(self, slots: Slots) -> tuple[Array, Slots]:
+    def _go_on(self, slots: Slots, texts: dict[int, _Text]) -> tuple[Array, Slots]:
+        alive = np.zeros(self._room.slots, bool)
+        alive[list(texts)] = True
         return go_on(
             self._decode,
             self._params,
             slots,
+            alive,
             self._ends,
             steps=self._room.steps,
             choosing=self._choosing,
