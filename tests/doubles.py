@@ -4,6 +4,7 @@ The model knows every token of its prefix and the place of each, so a wrong mask
 swapped or a stale cache slot changes its logits. All its numbers are small integers: float32 sums of them are exact.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,12 @@ def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:
 
 def token(tokenizer: Tokenizer, text: str) -> int:
     """The id of the one token with this text."""
-    return tokenizer.token_texts.index(text)
+    return _token_texts(tokenizer).index(text)
+
+
+@functools.lru_cache
+def _token_texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.spell([i]) for i in range(tokenizer.vocab_size)]
 
 
 def pair(

@@ -240,11 +240,6 @@ class Tokenizer:
         """The text of ids, special tokens by their names."""
         return self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    @functools.cached_property
-    def token_texts(self) -> list[str]:
-        """[V] each token's own text; pieces of a character show as U+FFFD."""
-        return [self.spell([i]) for i in range(self.vocab_size)]
-
     def plain_ids(self, text: str) -> list[int]:
         """A text's ids, nothing in front of it, none of its words a special token."""
         return list(self._backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
