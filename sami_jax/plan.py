@@ -18,7 +18,7 @@ from sami_jax.flops import count_flops
 from sami_jax.model.decoder import Model, make_model, sharded_params
 from sami_jax.model.shape import DecoderConfig
 from sami_jax.scoring.matrices import shardings_of_rows
-from sami_jax.scoring.packed_rows import Packing, pack_rows
+from sami_jax.scoring.packed_rows import pack_rows
 from sami_jax.sharding import (
     axes_sharding,
     batch_sharding,
@@ -117,6 +117,7 @@ def compile_programs(
         longest = Pair(0, (), (), ((0,) * prompt_tokens,) * count, ((0,) * response_tokens,) * count)
         limits = row_limits(model, mesh, Scoring.of(config.train))
         packing = pack_rows([[longest] * config.train.queries_per_step], limits)
+        packed = np.concatenate([np.asarray(batch.rows.ends) for batch in packing.micro_batches(0)])
         batch = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             packing.stacked(0),
@@ -128,7 +129,7 @@ def compile_programs(
             head = array(axes_sharding(mesh, ("embed", "vocab")).spec, dtype, shape.embed_dim, shape.vocab_size)
             reference = Reference(array(split, dtype, *batch.at.shape, shape.embed_dim), head)
         step = make_train_step(model.rows, config.train, seed=config.seed).jitted(state)
-        yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packing))
+        yield _compile("train step", mesh, step, state, reference, batch, of_kernel=_of_kernel(model, packed))
     params = sharded_params(shape, mesh, config.compute_dtype)
     asked, parts = shared_rows(config.sampling.slots, mesh), batch_shards(mesh)
     split = batch_sharding(mesh).spec
@@ -141,19 +142,17 @@ def compile_programs(
         tokens, most = array(split, jnp.int32, parts, row), max(1, min(asked // parts, row // prompt_tokens))
         prompts = Prompts(Rows(tokens, tokens, tokens), tokens, array(split, jnp.int32, parts, most))
         prefill = jax.jit(model.decode.prefill, donate_argnums=1)
-        yield _compile("prefill", mesh, prefill, params, cache, prompts)
+        ends = np.minimum((np.arange(row) // prompt_tokens + 1) * prompt_tokens, row)[None]  # as many as fit
+        yield _compile("prefill", mesh, prefill, params, cache, prompts, of_kernel=_of_kernel(model, ends))
     if "decode step" in names:
         decode, each = jax.jit(model.decode.step, donate_argnums=1), array(split, jnp.int32, asked)
         yield _compile("decode step", mesh, decode, params, cache, each, each)
 
 
-def _of_kernel(model: Model, packing: Packing) -> Callable[[JaxprEqn], int] | None:
-    """FLOPs of the kernel of a model's attention, where it has one, on the rows of a packing's first group."""
+def _of_kernel(model: Model, ends: np.ndarray) -> Callable[[JaxprEqn], int] | None:
+    """FLOPs of the kernel of a model's attention, where it has one, on rows of these ends [N, S]."""
     flops_of = model.attention.kernel_flops
-    if flops_of is None:
-        return None
-    ends = np.concatenate([np.asarray(batch.rows.ends) for batch in packing.micro_batches(0)])
-    return lambda equation: flops_of(equation, ends)
+    return None if flops_of is None else lambda equation: flops_of(equation, ends)
 
 
 def _compile(

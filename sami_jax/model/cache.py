@@ -3,7 +3,9 @@
 Axes: L layers, B slots, S places of a slot, K key/value heads, H head dim; G parts that devices share, T tokens each.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -101,9 +103,16 @@ class KVCache(NamedTuple):
             return now, total * kept + jnp.sum(weights, axis=-1), mixed * kept[..., None] + new
 
         shape = (b, k, n // k)
-        nothing = (jnp.full(shape, least), jnp.zeros(shape), jnp.zeros((*shape, h), jnp.float32))
-        if block == places:
-            _, total, mixed = add(jnp.zeros((), jnp.int32), nothing)
-        else:
-            _, total, mixed = jax.lax.fori_loop(0, jnp.max(positions) // block + 1, add, nothing)
+        so_far = (jnp.full(shape, least), jnp.zeros(shape), jnp.zeros((*shape, h), jnp.float32))
+        blocks, furthest = -(-places // block), jnp.max(positions)
+        if blocks == 1:
+            so_far = add(jnp.zeros((), jnp.int32), so_far)
+        else:  # of static length, so that its FLOPs can be counted
+            for_all = functools.partial(_unless_behind, furthest, block, add)
+            so_far = jax.lax.fori_loop(0, blocks, for_all, so_far)
+        _, total, mixed = so_far
         return (mixed / total[..., None]).astype(queries.dtype).reshape(b, n, h)
+
+
+def _unless_behind(furthest: Array, block: int, add: Callable, number: Array, so_far: Any) -> Any:
+    return jax.lax.cond(number * block <= furthest, add, lambda number, so_far: so_far, number, so_far)
