@@ -2,7 +2,7 @@
 
     pip install -e ".[train,parity]"
     python benchmarks/generate.py --short    # short texts, about a minute
-    python benchmarks/generate.py            # lengths of TL;DR, some ten minutes on two cores
+    python benchmarks/generate.py            # lengths of TL;DR, some twenty minutes on two cores
 
 The model is a transformer of 4 layers (D 512, V 32000) whose texts are planted: its layers compute all they always do,
 but add so little to the embedding of the last token that the head decides, which knows one successor of each token. So
@@ -164,12 +164,12 @@ class Ours:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="texts of a fifth of the lengths, 32 prompts")
-    parser.add_argument("--prompts", type=int, help="how many prompts (default 64)")
+    parser.add_argument("--prompts", type=int, help="how many prompts (default 128, eight to a slot)")
     parser.add_argument("--slots", type=int, default=16, help="slots of ours, rows of the peer's batch (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs of each (default 3)")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    count, length = arguments.prompts or (32 if arguments.short else 64), 0.2 if arguments.short else 1.0
+    count, length = arguments.prompts or (32 if arguments.short else 128), 0.2 if arguments.short else 1.0
     most = round(350 * length)
     pairs = draw_pairs(count, 1, vocab=VOCAB - 2000, length=length)
     prompts = [[BYTES + i % (VOCAB - 2000 - BYTES) for i in pair.prompt_ids[0]] for pair in pairs]
